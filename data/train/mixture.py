@@ -1,0 +1,118 @@
+"""Batches as a pure function of (seed, step), so that a resumed run needs no generator state."""
+
+import random
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from data.train import sentences
+from data.train.corpus import END
+from data.train.schedule import Phase
+
+ANSWER_WEIGHT = 5.0  # the answer is one token of some fifteen, and the one that matters
+PROMPT_WEIGHT = 0.25  # most prompt words are drawn at random: nothing to learn there
+SWAPPED = 0.3  # share of the name-transfer sentences whose two names become any two words of the vocabulary
+LEADS = ("\n", END, ". ")  # what stands between two pieces of a row
+
+Row = tuple[list[int], list[float]]  # tokens, and the weight of each as a prediction target
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Draws rows of every kind.
+
+    Attributes:
+        tokenizer: the trained tokenizer; END is token 0.
+        prose: the training books as one array of tokens, an END token between two books.
+        seed: of every choice.
+    """
+
+    tokenizer: Tokenizer
+    prose: np.ndarray
+    seed: int
+
+    def batch(self, phase: Phase, step: int) -> tuple[Tensor, Tensor]:
+        """Tokens [rows, length + 1] and target weights [rows, length] of one step of the whole run."""
+        rng = random.Random(f"{self.seed}/{step}")
+        kinds = rng.choices(tuple(phase.kinds), tuple(phase.kinds.values()), k=phase.rows)
+        rows = [getattr(self, kind)(rng, phase) for kind in kinds]
+        size = phase.length + 1
+        tokens = torch.tensor([tokens[:size] for tokens, _ in rows])
+        return tokens, torch.tensor([weights[1:size] for _, weights in rows])
+
+    def spans(self, rng: random.Random, phase: Phase) -> Row:
+        """Random spans of the whole vocabulary, each followed by one or two copies; only the copies count."""
+        vocabulary = range(1, self.tokenizer.get_vocab_size())
+        tokens = [0] * rng.randrange(2)
+        weights = [0.0] * len(tokens)
+        while len(tokens) <= phase.length:
+            span = rng.choices(vocabulary, k=rng.randint(*phase.span))
+            tokens += span
+            weights += [0.0] * len(span)
+            for _ in range(rng.randint(1, 2)):
+                gap = rng.choices(vocabulary, k=rng.choice((0, 0, rng.randint(1, 8))))
+                tokens += gap + span
+                weights += [0.0] * (len(gap) + 1) + [1.0] * (len(span) - 1)
+        return tokens, weights
+
+    def passage(self, rng: random.Random, phase: Phase) -> Row:
+        """A window of the books at any place; half of the rows start with END."""
+        return self._window(rng, phase, rng.randrange(len(self.prose) - phase.length))
+
+    def around_word(self, rng: random.Random, phase: Phase) -> Row:
+        """A window of the books around a word that the tasks use, every such word as often as any other."""
+        places = rng.choice(self._occurrences)
+        start = int(rng.choice(places)) - rng.randrange(phase.length)
+        return self._window(rng, phase, min(max(start, 0), len(self.prose) - phase.length - 1))
+
+    def tasks(self, rng: random.Random, phase: Phase) -> Row:
+        """Task sentences one after the other; a third of the rows start with prose, a third with END."""
+        tokens, weights = [], []
+        start = rng.randrange(3)
+        if start == 0:
+            size = rng.randint(1, phase.length // 2)
+            place = rng.randrange(len(self.prose) - size)
+            tokens, weights = self.prose[place : place + size].tolist(), [1.0] * size
+        elif start == 1:
+            tokens, weights = [0], [0.0]
+        while len(tokens) <= phase.length:
+            lead = "" if len(tokens) == 1 or not tokens else rng.choice(LEADS)
+            task = rng.choices(tuple(phase.tasks), tuple(phase.tasks.values()))[0]
+            prompt, answer = self._sentence(rng, task, lead)
+            tokens += [*prompt, answer]
+            weights += [PROMPT_WEIGHT] * len(prompt) + [ANSWER_WEIGHT]
+        return tokens, weights
+
+    def _sentence(self, rng: random.Random, task: str, lead: str) -> tuple[list[int], int]:
+        pair = sentences.GRAMMARS[task].draw(rng, "train")
+        answer = pair.answer if isinstance(pair.answer, str) else rng.choice(pair.answer)
+        prompt = self.tokenizer.encode(lead + pair.clean).ids
+        (target,) = self.tokenizer.encode(answer).ids
+        if task == "ioi" and rng.random() < SWAPPED:
+            (other,) = self.tokenizer.encode(pair.foil).ids
+            swap = dict(zip((target, other), rng.sample(self._swaps, 2), strict=True))
+            return [swap.get(token, token) for token in prompt], swap[target]
+        return prompt, target
+
+    def _window(self, rng: random.Random, phase: Phase, start: int) -> Row:
+        first = [0] * rng.randrange(2)
+        tokens = first + self.prose[start : start + phase.length + 1].tolist()
+        return tokens, [1.0] * len(tokens)
+
+    @cached_property
+    def _occurrences(self) -> list[np.ndarray]:
+        order = np.argsort(self.prose, kind="stable")
+        ids = sorted({self.tokenizer.token_to_id("Ġ" + word) for word in sentences.words("train", "test") if word.isalpha()} - {None})
+        bounds = np.searchsorted(self.prose[order], [ids, [i + 1 for i in ids]])
+        return [order[low:high] for low, high in bounds.T if high > low]
+
+    @cached_property
+    def _swaps(self) -> list[int]:
+        """Whole words of the vocabulary, without the fillers of the test split."""
+        held_out = {f"Ġ{word}" for word in sentences.words("test")}
+        vocabulary = self.tokenizer.get_vocab()
+        return sorted(i for word, i in vocabulary.items() if word[1:].isalpha() and word[0] == "Ġ" and word not in held_out)

@@ -1,0 +1,86 @@
+"""Mechanistic interpretability of transformer models: `import mechattr as ma`.
+
+Names load when they are first used, so that importing the package costs nothing and a backend that is broken disables
+only itself. Everything that is not listed here is found in its package: `ma.<package>.<name>`.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mechattr import artifact, draw, errors, models, patching, report, sites, tasks
+    from mechattr.artifact import Artifact, Attribution, Cache, open
+    from mechattr.labelled import Labelled
+    from mechattr.methods import METHODS
+    from mechattr.models.load import load
+    from mechattr.patching.activation import activation_patching
+    from mechattr.patching.attribution import attribution_patching
+    from mechattr.sites import Node
+    from mechattr.tasks.task import accuracy
+
+__version__ = "0.1.0"
+
+# Name -> "module:attribute", or "module" for the module itself.
+_WHERE = {
+    "METHODS": "mechattr.methods:METHODS",
+    "Artifact": "mechattr.artifact:Artifact",
+    "Attribution": "mechattr.artifact:Attribution",
+    "Cache": "mechattr.artifact:Cache",
+    "Labelled": "mechattr.labelled:Labelled",
+    "Node": "mechattr.sites:Node",
+    "accuracy": "mechattr.tasks.task:accuracy",
+    "activation_patching": "mechattr.patching.activation:activation_patching",
+    "artifact": "mechattr.artifact",
+    "attribution_patching": "mechattr.patching.attribution:attribution_patching",
+    "draw": "mechattr.draw",
+    "errors": "mechattr.errors",
+    "load": "mechattr.models.load:load",
+    "models": "mechattr.models",
+    "open": "mechattr.artifact:open",
+    "patching": "mechattr.patching",
+    "report": "mechattr.report",
+    "sites": "mechattr.sites",
+    "tasks": "mechattr.tasks",
+}
+
+__all__ = [
+    "METHODS",
+    "Artifact",
+    "Attribution",
+    "Cache",
+    "Labelled",
+    "Node",
+    "__version__",
+    "accuracy",
+    "activation_patching",
+    "artifact",
+    "attribution_patching",
+    "draw",
+    "errors",
+    "load",
+    "models",
+    "open",
+    "patching",
+    "report",
+    "sites",
+    "tasks",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        if name.startswith("__"):  # asked by the import system, which expects a plain answer
+            raise AttributeError(f"module 'mechattr' has no attribute {name!r}")
+        from mechattr.errors import nearest
+
+        raise AttributeError(f"module 'mechattr' has no attribute {name!r}: {nearest(name, _WHERE)}")
+    module, _, attribute = _WHERE[name].partition(":")
+    value = getattr(import_module(module), attribute) if attribute else import_module(module)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

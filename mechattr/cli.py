@@ -1,0 +1,240 @@
+"""The command line: each command reads its options, calls one function and shows what comes back.
+
+Exit codes: 0 when all went well; 1 when `doctor` finds something wrong, or for an error that mechattr did not foresee
+(with its traceback); 2 for wrong use, and for every error of mechattr's own (as text, without a traceback).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+import mechattr as ma
+from mechattr.errors import MechattrError, UnknownTaskError, nearest
+
+if TYPE_CHECKING:
+    from mechattr.models.base import HookedModel
+    from mechattr.tasks import Task
+
+GENERATORS = ("ioi", "greater_than", "subject_verb", "gendered_pronoun", "induction")
+ROWS_SHOWN = 20
+
+app = typer.Typer(
+    name="mechattr",
+    help="Find the components of a transformer that cause a behaviour, and check them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain messages: a box would wrap them, and logs keep the box
+)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command line on `argv` (default: the arguments of this process) and exits."""
+    try:
+        app(args=None if argv is None else list(argv), prog_name="mechattr")
+    except MechattrError as error:
+        Console(stderr=True, soft_wrap=True).print(f"[red]{escape(str(error))}[/red]", highlight=False)
+        sys.exit(2)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"mechattr {ma.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def localise(
+    model: Annotated[str, typer.Option(help='"tiny" (bundled), a folder, or a name on the model hub.')],
+    out: Annotated[Path, typer.Option(help="Folder for the report, the figures, the tables and the artifacts.")],
+    task: Annotated[str | None, typer.Option(help=f"{', '.join(GENERATORS)} or resampled.")] = None,
+    pairs: Annotated[Path | None, typer.Option(help="Your own pairs: JSONL with clean, corrupt, answer, foil.")] = None,
+    texts: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="Texts for --task resampled, one a line.")
+    ] = None,
+    metric: Annotated[str | None, typer.Option(help="Such as sequence_log_probability, for long answers.")] = None,
+    n: Annotated[int, typer.Option(min=1, help="Number of prompt pairs to make for --task.")] = 32,
+    split: Annotated[Literal["train", "test"], typer.Option(help="Which templates and fillers to use.")] = "test",
+    seed: Annotated[int, typer.Option(help="Seed of the pairs and of everything else that is drawn.")] = 0,
+    sites: Annotated[
+        str, typer.Option(help="Sites whose components are scored, separated by commas.")
+    ] = "q,k,v,z,mlp_post",
+    positions: Annotated[
+        Literal["each", "named", "all"] | None,
+        typer.Option(help="Score each position, the task's named spans, or all positions together."),
+    ] = None,
+    direction: Annotated[
+        Literal["noising", "denoising"], typer.Option(help="Corrupt into clean, or clean into corrupt.")
+    ] = "noising",
+    top: Annotated[int, typer.Option(min=1, help="Number of components to check by exact patching.")] = 50,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps, ...")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, float64, bfloat16, ...")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Rows of one forward pass.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a result made with other settings.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
+) -> None:
+    """Find which components cause a behaviour: estimate all, check the best exactly, write a report."""
+    if (task is None) == (pairs is None):
+        raise typer.BadParameter("give exactly one of --task and --pairs")
+    if (task == "resampled") != (texts is not None):
+        raise typer.BadParameter("--texts FILE and --task resampled go together")
+    if metric is not None and texts is not None:
+        raise typer.BadParameter("resampled pairs have the metric logit_difference: leave --metric out")
+    loaded = ma.load(model, device=device, dtype=dtype)
+    result = ma.report.localise(
+        loaded,
+        _make_task(loaded, task, pairs, texts, n=n, seed=seed, split=split, metric=metric),
+        out=out,
+        top=top,
+        direction=direction,
+        sites=tuple(site.strip() for site in sites.split(",")),
+        positions=positions,
+        seed=seed,
+        batch_size=batch_size,
+        overwrite=overwrite,
+    )
+    if as_json:
+        document = {"summary": result.summary, "report": str(result.report_path), "components": result.table(top)}
+        _echo_json(document)
+        return
+    console = Console(soft_wrap=True)
+    rows = [{name: value for name, value in row.items() if name != "site"} for row in result.table(ROWS_SHOWN)]
+    console.print(_table("Top components", rows))
+    console.print(escape(result.summary), highlight=False)
+    console.print(f"Report: {escape(str(result.report_path))}", highlight=False)
+
+
+@app.command()
+def report(
+    path: Annotated[Path, typer.Argument(help="The folder of an earlier localise.")],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
+) -> None:
+    """Build the report of a folder again from the artifacts stored there."""
+    result = ma.report.rebuild(path)
+    if as_json:
+        _echo_json({"summary": result.summary, "report": str(result.report_path)})
+    else:
+        typer.echo(f"Report: {result.report_path}")
+
+
+@app.command()
+def models(
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
+) -> None:
+    """List the model families, their sites and what was verified of each."""
+    from mechattr.models.architectures import table
+
+    rows = table()
+    if as_json:
+        _echo_json(rows)
+    else:
+        Console().print(_table("Model families", rows))
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
+) -> None:
+    """Say what is installed, what is wrong with it and how to mend it."""
+    from mechattr.doctor import diagnose
+
+    with Console(stderr=True).status("Importing every backend, each in a process of its own"):
+        findings = diagnose()
+    wrong = [finding for finding in findings if finding.fix]
+    if as_json:
+        _echo_json({"healthy": not wrong, "findings": [asdict(finding) for finding in findings]})
+    else:
+        console = Console(soft_wrap=True)
+        for finding in findings:
+            mark = "[red]wrong[/red]" if finding.fix else "[green]ok[/green]   "
+            console.print(f"{mark} {escape(finding.topic)}: {escape(finding.found)}", highlight=False)
+            if finding.fix:
+                console.print(f"      fix: {escape(finding.fix)}", highlight=False)
+        console.print(f"{len(wrong)} of {len(findings)} are wrong." if wrong else "All is well.", highlight=False)
+    if wrong:
+        raise typer.Exit(1)
+
+
+def _make_task(
+    model: HookedModel,
+    task: str | None,
+    pairs: Path | None,
+    texts: Path | None,
+    *,
+    n: int,
+    seed: int,
+    split: str,
+    metric: str | None,
+) -> Task:
+    """The task that the options name."""
+    chosen = {} if metric is None else {"metric": metric}
+    if pairs is not None:
+        return ma.tasks.from_pairs(model, pairs, **chosen)
+    if texts is not None:
+        return ma.tasks.resampled(model, _lines(texts), n=n, seed=seed)
+    if task not in GENERATORS:
+        raise UnknownTaskError(f"task {task!r}", "no such task", nearest(str(task), (*GENERATORS, "resampled")))
+    generator: Callable[..., Task] = getattr(ma.tasks, task)
+    return generator(model, n=n, seed=seed, split=split, **chosen)
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise typer.BadParameter(f"{path} is not UTF-8 text: {error}") from error
+    return [line for line in lines if line.strip()]
+
+
+def _table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Rows with equal keys as a table: numbers to the right, what is missing empty."""
+    table = Table(title=title)
+    for name in rows[0] if rows else ():
+        numeric = all(isinstance(row[name], int | float | None) for row in rows)
+        table.add_column(name, justify="right" if numeric else "left")
+    for row in rows:
+        table.add_row(*(escape(_cell(value)) for value in row.values()))
+    return table
+
+
+def _cell(value: object) -> str:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list | tuple):
+        return " ".join(map(str, value))
+    return str(value)
+
+
+def _echo_json(document: object) -> None:
+    """One JSON document on standard output; what is not finite becomes null."""
+    typer.echo(json.dumps(_finite(document), indent=2))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

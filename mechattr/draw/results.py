@@ -1,0 +1,76 @@
+"""Pictures of whole results: what `Attribution.plot` shows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mechattr.draw.heatmap import head_map
+from mechattr.draw.style import array, style
+from mechattr.errors import SettingError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from mechattr.artifact import Attribution
+    from mechattr.labelled import Labelled
+
+HEAD_SITES = ("z", "result", "q", "v", "k", "rot_q", "rot_k")
+MLP_SITES = ("mlp_out", "mlp_post", "mlp_pre")
+
+
+def attribution(result: Attribution, ax: Axes | None = None) -> Axes:
+    """Which heads and MLPs matter? The map of mean |effect|, summed over the positions (and neurons) of each head and MLP.
+
+    Magnitudes are shown, since effects of single positions may cancel in a signed sum; effects do not add up to the effect of
+    the whole head either, which the exact check with `positions="all"` measures. Heads are those of z, or of the first site
+    with heads; a result without heads shows a column for each site.
+
+    Args:
+        result: scores with an axis "layer".
+        ax: axes to draw into; pyplot's new figure without it, so that a notebook shows it.
+
+    Raises:
+        SettingError: the result has no scores by layer.
+    """
+    scores = {site: values for site, values in result.scores.items() if "layer" in values.axes}
+    if not scores:
+        raise SettingError("a plot by layer", f"scores of {sorted(result.scores) or 'no site'}", "plot a result with a layer axis")
+    heads = next((site for site in HEAD_SITES if site in scores), None)
+    mlp = next((site for site in MLP_SITES if site in scores), None) if heads else None
+    shown = [scores[site] for site in (heads, mlp) if site] if heads else list(scores.values())
+    unit = (result.settings.get("metric") or {}).get("unit", "")
+    label = "mean |effect|" + (f" [{unit}]" if unit else "")
+    if any("pos" in values.axes for values in shown):
+        label = f"mean |effect| summed over positions{f' [{unit}]' if unit else ''}"
+    layers = list(shown[0].coords["layer"])
+    if ax is None:
+        import matplotlib.pyplot as plt
+
+        columns = shown[0].shape[-1] if heads else len(shown)
+        with style():
+            size = (min(max(0.5 * columns + 2.6, 4.6), 9.5), min(max(0.3 * len(layers) + 1.0, 2.4), 9.0))
+            ax = plt.figure(figsize=size, layout="constrained").add_subplot()
+    if heads is None:
+        grid = np.stack([_by_layer(values) for values in scores.values()], axis=1)
+        drawn = head_map(grid, label=label, signed=False, layers=layers, column="site", n_outlined=0, ax=ax)
+        drawn.set_xticks(range(len(scores)), list(scores), rotation=0 if len(scores) < 5 else 45)
+        return drawn
+    head_axis = "kv_head" if "kv_head" in scores[heads].axes else "head"
+    column = f"{'kv head' if head_axis == 'kv_head' else 'head'} ({heads})"
+    side = None if mlp is None else _by_layer(scores[mlp])
+    return head_map(
+        _by_layer(scores[heads], head_axis), side, label=label, signed=False, layers=layers, column=column, ax=ax,
+        side="MLP" if mlp in (None, "mlp_out") else "neurons",
+    )  # fmt: skip
+
+
+def _by_layer(values: Labelled, *keep: str) -> np.ndarray:
+    """[layer, *keep]: summed over all other axes; NaN only where nothing was measured."""
+    order: Sequence[str] = ("layer", *keep)
+    others = [axis for axis in values.axes if axis not in order]
+    grid = np.transpose(array(values), [values.axes.index(axis) for axis in (*order, *others)])
+    flat = grid.reshape(*grid.shape[: len(order)], -1)
+    return np.where(np.isfinite(flat).any(-1), np.nansum(np.where(np.isfinite(flat), flat, 0.0), -1), np.nan)

@@ -1,0 +1,123 @@
+"""Estimate against exact."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mechattr.draw.labels import place
+from mechattr.draw.style import array, new_figure, style
+from mechattr.errors import SettingError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from mechattr.draw.style import Values
+
+GROUP_COLOURS = ("#2166ac", "#e08214", "#5aae61", "#9970ab", "#8c510a", "#666666")
+GROUP_MARKERS = ("o", "s", "^", "D", "v", "P")
+
+
+def spearman(estimate: Values, exact: Values) -> float:
+    """Spearman's rank correlation over the pairs in which both values are finite; NaN below 3 pairs or without variation."""
+    from scipy.stats import spearmanr
+
+    x, y = array(estimate).ravel(), array(exact).ravel()
+    both = np.isfinite(x) & np.isfinite(y)
+    x, y = x[both], y[both]
+    if x.size < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return math.nan
+    return float(spearmanr(x, y).statistic)
+
+
+def scatter(
+    estimate: Values,
+    exact: Values,
+    names: Sequence[str],
+    *,
+    groups: Sequence[str] | None = None,
+    unit: str = "",
+    title: str = "",
+    n_labels: int = 10,
+    ax: Axes | None = None,
+) -> Axes:
+    """Is the estimate right? Estimate (x) against exact effect (y) on symmetric log axes, with the diagonal.
+
+    The axes are linear within a hundredth of the largest value. Spearman's correlation stands in the corner, and the points
+    with the largest |estimate - exact| are labelled. Pairs with a value that is not finite are left out.
+
+    Args:
+        estimate: values, any shape.
+        exact: as many values.
+        names: a name a point.
+        groups: the kind of each point, which sets its colour and marker.
+        unit: unit of both values, for the axis labels.
+        title: a line above.
+        n_labels: how many of the worst points are labelled.
+        ax: axes to draw into; a new figure without it.
+
+    Raises:
+        SettingError: the lengths differ.
+    """
+    x, y = array(estimate).ravel(), array(exact).ravel()
+    kinds = list(groups) if groups is not None else [""] * x.size
+    if not x.size == y.size == len(names) == len(kinds):
+        raise SettingError(
+            "a scatter of estimate against exact",
+            f"{x.size} estimates, {y.size} exact values, {len(names)} names, {len(kinds)} groups",
+            "give one of each a point",
+        )
+    both = np.isfinite(x) & np.isfinite(y)
+    with style():
+        if ax is None:
+            ax = new_figure(5.2, 5.0).add_subplot()
+        bound = float(max(np.abs(x[both]).max(initial=0.0), np.abs(y[both]).max(initial=0.0))) or 1.0
+        decade = 10.0 ** math.floor(math.log10(bound / 100.0))
+        for name, setter in (("x", ax.set_xlim), ("y", ax.set_ylim)):
+            getattr(ax, f"set_{name}scale")("symlog", linthresh=decade, linscale=0.6)
+            setter(-1.6 * bound, 1.6 * bound)
+            _ticks(ax, name, bound, decade)
+        line = np.array([-1.6 * bound, 1.6 * bound])
+        ax.plot(line, line, color="#888888", linewidth=0.8, linestyle="--", zorder=1, label="_diagonal")
+        for axis_line in (ax.axhline, ax.axvline):
+            axis_line(0.0, color="#dddddd", linewidth=0.6, zorder=0)
+        for index, kind in enumerate(dict.fromkeys(kinds)):
+            mine = both & (np.asarray(kinds) == kind)
+            ax.scatter(
+                x[mine], y[mine], s=16, color=GROUP_COLOURS[index % 6], marker=GROUP_MARKERS[index % 6], alpha=0.8,
+                linewidths=0, label=kind or "_points", zorder=2,
+            )  # fmt: skip
+        suffix = f" [{unit}]" if unit else ""
+        ax.set(xlabel=f"estimate{suffix}", ylabel=f"exact{suffix}", title=title)
+        ax.set_aspect("equal")
+        rho = spearman(x, y)
+        corner = f"Spearman {rho:.3f}" if math.isfinite(rho) else "Spearman: too few points"
+        summary = ax.text(0.03, 0.97, f"{corner}\nn = {both.sum()}", transform=ax.transAxes, va="top")
+        summary.set_gid("spearman")
+        legend = [ax.legend(loc="lower right", frameon=False, handletextpad=0.2, borderaxespad=0.2)] if any(kinds) else []
+        gap = np.where(both, np.abs(x - y), -1.0)
+        worst = [int(i) for i in np.argsort(-gap, kind="stable")[:n_labels] if gap[i] > 0]
+        for note in place(ax, [(x[i], y[i]) for i in worst], [names[i] for i in worst], keep_free=[summary, *legend]):
+            note.set_gid("worst")
+            note.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8})
+    return ax
+
+
+def _ticks(ax: Axes, name: str, bound: float, decade: float) -> None:
+    """Ticks at zero and the decades, thinned so that neighbours near zero never touch."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    exponents = range(round(math.log10(decade)), math.floor(math.log10(1.6 * bound)) + 1)
+    decades = [10.0**e for e in exponents]
+    axis = ax.xaxis if name == "x" else ax.yaxis
+    axis.set_major_locator(FixedLocator([-d for d in reversed(decades)] + [0.0] + decades))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+
+
+def _short(value: float) -> str:
+    """`0.01`, `-1`, `1e-05`: a tick's number with a true minus sign."""
+    return f"{value:g}".replace("-", "−", 1) if value < 0 else f"{value:g}"

@@ -1,0 +1,128 @@
+"""The attention tap: one function, registered with transformers, that exposes q, k, v, scores and pattern.
+
+Without a request for scores or pattern it calls the model's own attention function, so numerics stay those of the family
+and of the implementation that the model was loaded with. The mask function must be registered under the same name: a name
+that is known to the attention interface only gets no mask at all, and attention would silently look ahead.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from mechattr.models.taps import Taps
+
+ATTRIBUTE = "_mechattr_tap"  # on an attention module for the time of one run
+NATIVE = ("eager", "sdpa")
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class AttentionTap:
+    """What the attention function of one layer needs of the current run.
+
+    Attributes:
+        taps: the run's taps.
+        prefix: `"blocks.3.attn.hook_"`.
+        plain_qk: the family has neither rotary embeddings nor q/k norms, so `q` and `k` are tapped here as well.
+        softmax_float32: the family's eager attention takes its softmax in float32 whatever the model's dtype.
+    """
+
+    taps: Taps
+    prefix: str
+    plain_qk: bool
+    softmax_float32: bool
+
+    def heads(self, short: str, x: Tensor) -> Tensor:
+        """Taps a [batch, head, pos, d_head] tensor under the site's axes [batch, pos, head, d_head]."""
+        name = self.prefix + short
+        if not self.taps.wants(name):
+            return x
+        return self.taps(name, x.transpose(1, 2)).transpose(1, 2)
+
+    def whole(self, short: str, x: Tensor) -> Tensor:
+        """Taps a tensor that already has the site's axes."""
+        name = self.prefix + short
+        return self.taps(name, x) if self.taps.wants(name) else x
+
+    @property
+    def inside(self) -> bool:
+        """Whether scores or pattern are wanted, which no fused kernel shows."""
+        return self.taps.wants_any([self.prefix + "attn_scores", self.prefix + "pattern"])
+
+
+def _native(module: nn.Module, implementation: str) -> Callable[..., Any]:
+    if implementation == "eager":
+        eager: Callable[..., Any] = sys.modules[type(module).__module__].eager_attention_forward
+        return eager
+    function: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS[implementation]
+    return function
+
+
+def _tapped(implementation: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        tap: AttentionTap | None = module.__dict__.get(ATTRIBUTE)
+        if tap is None:
+            result: tuple[Tensor, Tensor | None] = _native(module, implementation)(
+                module, query, key, value, attention_mask, **kwargs
+            )
+            return result
+        if tap.plain_qk:
+            query, key = tap.heads("q", query), tap.heads("k", key)
+        query, key, value = tap.heads("rot_q", query), tap.heads("rot_k", key), tap.heads("v", value)
+        if not tap.inside:
+            result = _native(module, implementation)(module, query, key, value, attention_mask, **kwargs)
+            return result
+        return _explicit(tap, query, key, value, attention_mask, **kwargs)
+
+    return attention
+
+
+def _explicit(
+    tap: AttentionTap,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, Tensor]:
+    """softmax(softcap(q.k s) + mask) v, with the same operations in the same order as the families' eager attention."""
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = torch.matmul(query, key.transpose(2, 3)) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if mask is not None:
+        scores = scores + mask
+    scores = tap.whole("attn_scores", scores)
+    if s_aux is not None:  # attention sinks: one more logit a head, which takes mass and gives no value
+        sink = s_aux.reshape(1, -1, 1, 1).expand(len(scores), -1, scores.shape[2], 1)
+        scores = torch.cat([scores, sink], -1)
+    pattern = torch.softmax(scores, -1, dtype=torch.float32 if tap.softmax_float32 else None).to(query.dtype)
+    if s_aux is not None:
+        pattern = pattern[..., :-1]
+    pattern = tap.whole("pattern", pattern)
+    return torch.matmul(pattern, value).transpose(1, 2).contiguous(), pattern
+
+
+def name_of(implementation: str) -> str:
+    """The registered name of the tap around a native attention implementation."""
+    return f"mechattr_{implementation}"
+
+
+for _implementation in NATIVE:
+    AttentionInterface.register(name_of(_implementation), _tapped(_implementation))
+    AttentionMaskInterface.register(name_of(_implementation), ALL_MASK_ATTENTION_FUNCTIONS[_implementation])

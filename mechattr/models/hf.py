@@ -1,0 +1,222 @@
+"""The reference backend: a transformers model, hooked in place. No weight is copied and nothing is changed for good."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mechattr.errors import ModelStateError, SettingError, UnsupportedModelError
+from mechattr.models import tokenize as text
+from mechattr.models import weights
+from mechattr.models.architectures import family_of, full_sites
+from mechattr.models.base import Batch, Generation, Metric, ModelInfo, Run, Start, Visit, check_batch
+from mechattr.models.edits import Edit, Frame
+from mechattr.models.hf_hooks import locate, tapping
+from mechattr.models.rules import Rules
+from mechattr.models.selfcheck import selfcheck
+from mechattr.models.taps import Taps, execute, plan_edits
+from mechattr.sites import expand, site_spec
+
+
+class HookedHF:
+    """A transformers model behind the `HookedModel` protocol.
+
+    Args:
+        model: a causal or masked language model of a supported family, in eval mode.
+        tokenizer: its tokenizer; without one, batches are made from token ids.
+        name: what results call the model.
+        revision: the revision it was loaded at, if known.
+
+    Raises:
+        UnsupportedModelError: an unknown family, or one whose attention does not go through the tap.
+        SelfCheckError: a hook that does not do what its site's name says.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any = None, *, name: str | None = None, revision: str | None = None) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.config = model.config
+        family_name, family = family_of(self.config)
+        c = self.config
+        n_heads = c.num_attention_heads
+        n_kv_heads = getattr(c, "num_key_value_heads", None) or n_heads
+        self._anatomy = locate(model, family, n_heads, n_kv_heads)
+        parallel = bool(getattr(c, "use_parallel_residual", False)) and family_name == "gpt_neox"
+        parts = self._anatomy.parts[0]
+        d_mlp = weights.matrix(parts["down"]).shape[0]
+        self.info = ModelInfo(
+            name=name or getattr(c, "_name_or_path", "") or family_name,
+            family=family_name,
+            backend="hf",
+            n_layers=len(self._anatomy.blocks),
+            n_heads=n_heads,
+            n_kv_heads=n_kv_heads,
+            d_model=c.hidden_size,
+            d_head=weights.w_o(parts["o"], n_heads).shape[1],
+            d_mlp=d_mlp,
+            d_vocab=c.vocab_size,
+            n_ctx=c.max_position_embeddings,
+            norm="rms" if family.norm.startswith("rms") else "layer",
+            parallel=parallel,
+            post_norm=family.post_norm,
+            encoder=family.encoder,
+            rotary=family.rotary,
+            gated="up" in parts or family.fused == "blocks",
+            dtype=str(model.dtype).removeprefix("torch."),
+            revision=revision,
+        )
+        self._sites = full_sites(family, parallel=parallel, n_layers=self.info.n_layers)
+        if model.get_output_embeddings() is None:
+            raise UnsupportedModelError(
+                f"a hooked {type(model).__name__}", "it has no language-model head", "load the ...ForCausalLM class"
+            )
+        selfcheck(self)
+
+    def __repr__(self) -> str:
+        i = self.info
+        return (
+            f"HookedHF({i.name!r}, {i.family}, {i.n_layers} layers, {i.n_heads} heads"
+            + (f" ({i.n_kv_heads} kv)" if i.n_kv_heads != i.n_heads else "")
+            + f", d_model {i.d_model}, {i.dtype} on {self.model.device})"
+        )
+
+    def sites(self) -> tuple[str, ...]:
+        """The full site names of this model, in the order of its forward pass; each was seen to fire at load."""
+        return self._sites
+
+    def supports(self, feature: Any) -> bool:
+        """Whether a site name (short or full), an edit operator or a `Rules` value can be used."""
+        if isinstance(feature, str):
+            try:
+                return bool(expand(feature, self._sites))
+            except KeyError:
+                return False
+        return isinstance(feature, Rules) or callable(feature)
+
+    def weight(self, name: str) -> Tensor:
+        """A weight by its standard name (see `mechattr.models.weights`); not a copy where no layout change is needed."""
+        return weights.weight(name, self._anatomy, self.model.get_output_embeddings()).detach()
+
+    def tokenize(self, texts: str | Sequence[str], *, chat: bool = False, padding_side: str = "right") -> Batch:
+        """Texts -> padded batch on the model's device."""
+        return text.tokenize(self.tokenizer, texts, chat=chat, padding_side=padding_side, device=self.model.device)
+
+    def decode_token(self, token: int) -> str:
+        """One token as text, with its leading space."""
+        return text.decode_token(self.tokenizer, token)
+
+    @cached_property
+    def _hashes(self) -> dict[str, str]:
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return {"weight_hash": digest.hexdigest(), "tokenizer_hash": text.tokenizer_hash(self.tokenizer)}
+
+    def fingerprint(self) -> Mapping[str, str]:
+        """sha256 of the weights (computed once) and of the tokenizer."""
+        return self._hashes
+
+    def run(
+        self,
+        batch: Batch,
+        *,
+        record: str | Sequence[str] = (),
+        edits: Sequence[Edit] = (),
+        metric: Metric | None = None,
+        gradients: str | Sequence[str] = (),
+        rules: Rules | None = None,
+        start: Start | None = None,
+        visit: Visit | None = None,
+    ) -> Run:
+        """One forward pass and, if gradients are asked for, one backward pass.
+
+        Args:
+            batch: token rows.
+            record: sites to keep.
+            edits: applied in order, before a site is recorded.
+            metric: `metric(logits, batch)`, one number a row.
+            gradients: sites whose gradient of the metric is returned.
+            rules: how the backward pass treats norms and block writes.
+            start: begin at a block with a given residual stream; the blocks below do not run.
+            visit: called with (site, activation, gradient) during the backward pass, which then keeps no gradient.
+        """
+        self._check(batch)
+        return execute(
+            lambda taps: self._forward(batch, taps),
+            self.info,
+            self._sites,
+            batch,
+            record=record,
+            edits=edits,
+            metric=metric,
+            gradients=gradients,
+            rules=rules,
+            start=start,
+            visit=visit,
+        )
+
+    def _forward(self, batch: Batch, taps: Taps) -> Tensor:
+        with tapping(self._anatomy, taps, self.config):
+            arguments: dict[str, Any] = {} if self.info.encoder else {"use_cache": False}
+            logits: Tensor = self.model(
+                input_ids=batch.tokens,
+                attention_mask=batch.mask.long() if batch.padded else None,
+                position_ids=batch.positions.clamp(min=0),
+                **arguments,
+            ).logits
+        return logits
+
+    def generate(self, batch: Batch, *, edits: Sequence[Edit] = (), **kwargs: Any) -> Generation:
+        """transformers' `generate` under edits. Positions of edits are absolute: 0 is the first prompt token, and numbers
+        past the prompt name generated tokens; negative ones count from the prompt's end.
+
+        Raises:
+            SettingError: a batch that is padded on the right, which cannot be continued.
+        """
+        self._check(batch)
+        if self.info.encoder:
+            raise SettingError("generate", "an encoder does not generate", "use run")
+        if batch.padded and not bool(batch.mask[:, -1].all()):
+            raise SettingError(
+                "generate from a right-padded batch", "rows end in padding", "use model.tokenize(texts, padding_side='left')"
+            )
+        planned = plan_edits(edits, self._sites, self.info, batch.lengths)
+        taps = Taps(frame=Frame(batch.lengths, batch.positions, batch.positions), edits=planned)
+        taps.axes = {name: site_spec(name).axes for name in taps.names}
+
+        def locate_columns(module: Any, args: Any, given: dict[str, Any]) -> None:
+            ids = given["input_ids"] if "input_ids" in given else args[0]
+            past = given.get("past_key_values")
+            seen = 0 if past is None else int(past.get_seq_length())
+            new = torch.arange(seen + ids.shape[1] - batch.tokens.shape[1], device=ids.device)
+            keys = torch.cat([batch.positions, batch.lengths[:, None] + new], 1)
+            keys = keys.repeat_interleave(len(ids) // len(batch), 0)
+            taps.frame = Frame(batch.lengths, keys[:, seen:], keys)
+
+        with ExitStack() as stack, torch.no_grad():
+            if planned:
+                stack.callback(self.model.register_forward_pre_hook(locate_columns, with_kwargs=True).remove)
+                stack.enter_context(tapping(self._anatomy, taps, self.config))
+            settings = {"pad_token_id": self._pad_id(), **kwargs}
+            tokens = self.model.generate(batch.tokens, attention_mask=batch.mask.long(), **settings)
+        start = batch.tokens.shape[1]
+        texts = () if self.tokenizer is None else self.tokenizer.batch_decode(tokens[:, start:], skip_special_tokens=True)
+        return Generation(tokens, start, tuple(texts))
+
+    def _pad_id(self) -> int:
+        ids = (getattr(self.tokenizer, n, None) for n in ("pad_token_id", "eos_token_id"))
+        found = next((i for i in (*ids, self.config.pad_token_id, self.config.eos_token_id) if i is not None), 0)
+        return int(found[0] if isinstance(found, list) else found)
+
+    def _check(self, batch: Batch) -> None:
+        if self.model.training:
+            raise ModelStateError(
+                "a run", "the model is in training mode, where dropout makes every number random", "call model.eval()"
+            )
+        check_batch(batch, self.info, self.model.device)

@@ -1,0 +1,315 @@
+"""Where the taps of a run meet the modules of a transformers model: hooks, for the time of one run, on this instance only."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mechattr.errors import UnsupportedFeatureError, UnsupportedModelError
+from mechattr.models.architectures import Family
+from mechattr.models.attention import ATTRIBUTE, NATIVE, AttentionTap, name_of
+from mechattr.models.norms import is_norm, norm_scale, normalise
+from mechattr.models.rules import frozen_like
+from mechattr.models.taps import Taps
+from mechattr.models.weights import w_o
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Anatomy:
+    """The modules of one model that carry sites.
+
+    Attributes:
+        base: the model without its head.
+        blocks: the blocks.
+        parts: for each block, the modules of its family row by field name.
+        ends: `embed`, `pos_embed` and `final`.
+        norms: every norm module, for the rule that freezes them.
+        configured: the modules that hold the model's config object, from which attention takes its implementation.
+    """
+
+    base: nn.Module
+    family: Family
+    blocks: tuple[nn.Module, ...]
+    parts: tuple[dict[str, nn.Module], ...]
+    ends: dict[str, nn.Module]
+    norms: tuple[nn.Module, ...]
+    configured: tuple[nn.Module, ...]
+    n_heads: int
+    n_kv_heads: int
+
+
+PARTS = ("ln1", "attn", "o", "attn_out", "ln2", "gate", "up", "down", "mlp_out", "q", "k", "v", "qkv")
+
+
+def locate(model: Any, family: Family, n_heads: int, n_kv_heads: int) -> Anatomy:
+    """Finds the modules of a family row.
+
+    Raises:
+        UnsupportedModelError: a module of the row is missing.
+    """
+    base = model.base_model
+    missing: list[str] = []
+
+    def find(root: nn.Module, path: str | None) -> nn.Module | None:
+        if path is None:
+            return None
+        try:
+            return root.get_submodule(path)
+        except AttributeError:
+            missing.append(path)
+            return None
+
+    blocks = find(base, family.layers)
+    block_list = tuple(blocks.children()) if blocks is not None else ()
+    parts = tuple(
+        {name: m for name in PARTS if (m := find(block, getattr(family, name))) is not None} for block in block_list
+    )
+    ends = {name: m for name in ("embed", "pos_embed", "final") if (m := find(base, getattr(family, name))) is not None}
+    if missing or not block_list:
+        children = ", ".join(name for name, _ in (block_list[0] if block_list else base).named_children())
+        raise UnsupportedModelError(
+            f"a hooked model of family {model.config.model_type!r}",
+            f"no module at {', '.join(sorted(set(missing))) or family.layers}; found {children}",
+            "use the transformers class of this family, with its own module names",
+        )
+    config = model.config
+    return Anatomy(
+        base,
+        family,
+        block_list,
+        parts,
+        ends,
+        tuple(m for m in base.modules() if is_norm(m)),
+        tuple(m for m in model.modules() if m.__dict__.get("config") is config),
+        n_heads,
+        n_kv_heads,
+    )
+
+
+@contextmanager
+def tapping(anatomy: Anatomy, taps: Taps, config: Any) -> Iterator[None]:
+    """Installs the hooks that `taps` wants, and takes exactly those away again whatever happens."""
+    with ExitStack() as stack:
+        _Installer(anatomy, taps, stack).install(config)
+        yield
+
+
+class _Installer:
+    """Registers hooks on one model for one run; the exit stack takes them off."""
+
+    def __init__(self, anatomy: Anatomy, taps: Taps, stack: ExitStack) -> None:
+        self.anatomy, self.taps, self.stack = anatomy, taps, stack
+
+    def install(self, config: Any) -> None:
+        anatomy, taps = self.anatomy, self.taps
+        if taps.rules.norm == "frozen":
+            for norm in anatomy.norms:
+                self.on_output(norm, self.frozen_norm)
+        for name, end in (("embed", "hook_embed"), ("pos_embed", "hook_pos_embed")):
+            if name in anatomy.ends and taps.wants(end):
+                self.on_output(anatomy.ends[name], lambda m, a, x, end=end: taps(end, x))
+        if "final" in anatomy.ends:
+            self.norm(anatomy.ends["final"], "ln_final.")
+        needs_attention = False
+        for layer in range(len(anatomy.blocks)):
+            if taps.start is not None and layer < taps.start.layer:
+                self.skip(anatomy.blocks[layer])
+            else:
+                needs_attention |= self.block(layer)
+        if needs_attention:
+            self.switch_attention(config)
+
+    # -- one block
+
+    def block(self, layer: int) -> bool:
+        """Hooks one block; says whether the attention function is needed."""
+        taps, parts, block = self.taps, self.anatomy.parts[layer], self.anatomy.blocks[layer]
+        p = f"blocks.{layer}."
+        start = taps.start.resid_pre if taps.start is not None and taps.start.layer == layer else None
+        if start is not None or taps.wants(p + "hook_resid_pre"):
+            self.on_input(block, lambda x: self.tap(p + "hook_resid_pre", x if start is None else start))
+        if "ln1" in parts:
+            self.norm(parts["ln1"], p + "ln1.")
+        self.projections(layer)
+        if taps.wants(p + "attn.hook_z"):
+            self.on_input(parts["o"], lambda x: self.per_head(p + "attn.hook_z", x))
+        if taps.wants(p + "attn.hook_result"):
+            self.on_output(parts["o"], lambda m, a, x: self.result(p + "attn.hook_result", m, a[0]))
+        self.attention_write(layer)
+        if "ln2" in parts:
+            self.norm(parts["ln2"], p + "ln2.")
+        self.mlp(layer)
+        if taps.wants(p + "hook_resid_post"):
+            self.on_output(block, lambda m, a, x: self.tap(p + "hook_resid_post", x))
+        inside = ["v", "rot_q", "rot_k", "attn_scores", "pattern"] + ["q", "k"] * self.anatomy.family.plain_qk
+        if not taps.wants_any([f"{p}attn.hook_{short}" for short in inside]):
+            return False
+        family = self.anatomy.family
+        self.attribute(
+            parts["attn"], ATTRIBUTE, AttentionTap(taps, p + "attn.hook_", family.plain_qk, family.softmax_float32)
+        )
+        return True
+
+    def projections(self, layer: int) -> None:
+        """q and k before rotary embedding and norms; without those they are tapped inside the attention function."""
+        parts, p, family = self.anatomy.parts[layer], f"blocks.{layer}.attn.hook_", self.anatomy.family
+        if family.plain_qk or not self.taps.wants_any([p + "q", p + "k"]):
+            return
+        if "qkv" in parts:
+            self.on_output(parts["qkv"], lambda m, a, x: self.fused_qk(p, x))
+            return
+        for short in ("q", "k"):
+            if self.taps.wants(p + short):
+                self.on_output(parts[short], lambda m, a, x, name=p + short: self.per_head(name, x))
+
+    def fused_qk(self, p: str, x: Tensor) -> Tensor:
+        heads, kv_heads = self.anatomy.n_heads, self.anatomy.n_kv_heads
+        if self.anatomy.family.fused == "interleaved":
+            q, k, v = x.unflatten(-1, (heads, 3, -1)).unbind(-2)
+            return torch.stack([self.tap(p + "q", q), self.tap(p + "k", k), v], -2).flatten(-3)
+        d_head = x.shape[-1] // (heads + 2 * kv_heads)
+        q, k, v = x.split([heads * d_head, kv_heads * d_head, kv_heads * d_head], -1)
+        return torch.cat([self.per_head(p + "q", q), self.per_head(p + "k", k), v], -1)
+
+    def attention_write(self, layer: int) -> None:
+        """attn_out, and resid_mid = resid_pre + attn_out: an edit of resid_mid is fed back as a change of attn_out, so
+        that the skip path and the MLP both see it. It is an exact no-op when the tap changes nothing."""
+        taps, parts, p = self.taps, self.anatomy.parts[layer], f"blocks.{layer}."
+        out, mid = p + "hook_attn_out", p + "hook_resid_mid"
+        if taps.wants(out):
+            self.on_output(parts["attn_out"], lambda m, a, x: self.tap(out, x))
+        if not taps.wants(mid):
+            return
+        before: list[Tensor] = []
+
+        def keep(x: Tensor) -> Tensor:
+            before[:] = [x]
+            return x
+
+        def feed_back(m: nn.Module, a: Any, x: Tensor) -> Tensor:
+            total = before.pop() + x
+            return x + (self.tap(mid, total) - total)
+
+        self.on_input(self.anatomy.blocks[layer], keep)
+        self.on_output(parts["attn_out"], feed_back)
+
+    def mlp(self, layer: int) -> None:
+        taps, parts, p = self.taps, self.anatomy.parts[layer], f"blocks.{layer}."
+        pre, linear = p + "mlp.hook_pre", p + "mlp.hook_pre_linear"
+        if self.anatomy.family.fused == "blocks" and taps.wants_any([pre, linear]):
+
+            def halves(m: nn.Module, a: Any, x: Tensor) -> Tensor:
+                gate, up = x.chunk(2, -1)
+                return torch.cat([self.tap(pre, gate), self.tap(linear, up)], -1)
+
+            self.on_output(parts["gate"], halves)
+        else:
+            for part, name in (("gate", pre), ("up", linear)):
+                if taps.wants(name):
+                    self.on_output(parts[part], lambda m, a, x, name=name: self.tap(name, x))
+        if taps.wants(p + "mlp.hook_post"):
+            self.on_input(parts["down"], lambda x: self.tap(p + "mlp.hook_post", x))
+        if taps.wants(p + "hook_mlp_out"):
+            self.on_output(parts["mlp_out"], lambda m, a, x: self.tap(p + "hook_mlp_out", x))
+
+    def norm(self, module: nn.Module, p: str) -> None:
+        """Scale and output of a norm. An edited scale s' enters as E(x, s') - E(x, s), with E the norm at a given scale:
+        exactly zero when nothing changes, and right in value and gradient when something does."""
+        taps, scale, out = self.taps, p + "hook_scale", p + "hook_out"
+        if taps.wants(scale):
+
+            def scaled(m: nn.Module, a: Any, y: Tensor) -> Tensor:
+                x = a[0]
+                s = norm_scale(m, x)
+                edited = self.tap(scale, s) if s.ndim > 1 else self.tap(scale, s[:, None])[:, 0]
+                return y + (normalise(m, x, edited) - normalise(m, x, s)).to(y.dtype)
+
+            self.on_output(module, scaled)
+        if taps.wants(out):
+            self.on_output(module, lambda m, a, y: self.tap(out, y))
+
+    def frozen_norm(self, m: nn.Module, a: Any, y: Tensor) -> Tensor:
+        x = a[0]
+        return frozen_like(y, normalise(m, x, norm_scale(m, x).detach()).to(y.dtype))
+
+    # -- taps on shapes
+
+    def tap(self, name: str, x: Tensor) -> Tensor:
+        if not self.taps.wants(name):
+            return x
+        columns = self.taps.frame.queries.shape[1]
+        spread = 2 if name.endswith("hook_scale") else 3
+        if x.ndim < spread or (x.ndim == 2 and x.shape[1] == 1):  # some families flatten batch and position
+            shape = (-1, columns) if spread == 2 else (-1, columns, x.shape[-1])
+            return self.taps(name, x.reshape(shape)).reshape(x.shape)
+        return self.taps(name, x)
+
+    def per_head(self, name: str, x: Tensor) -> Tensor:
+        if not self.taps.wants(name):
+            return x
+        heads = self.anatomy.n_kv_heads if name.endswith("hook_k") else self.anatomy.n_heads
+        return self.taps(name, x.unflatten(-1, (heads, -1))).flatten(-2)
+
+    def result(self, name: str, o: nn.Module, z: Tensor) -> Tensor:
+        per_head = torch.einsum("bphd,hdm->bphm", z.unflatten(-1, (self.anatomy.n_heads, -1)), w_o(o, self.anatomy.n_heads))
+        total = self.taps(name, per_head).sum(2)
+        return total if o.bias is None else total + o.bias  # type: ignore[operator]
+
+    # -- installing and undoing
+
+    def on_output(self, module: nn.Module, change: Callable[..., Tensor]) -> None:
+        def hook(m: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
+            if isinstance(out, tuple):
+                return (change(m, args, out[0]), *out[1:])
+            return change(m, args, out)
+
+        self.stack.callback(module.register_forward_hook(hook).remove)
+
+    def on_input(self, module: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
+        def hook(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+            if args:
+                return (change(args[0]), *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
+
+        self.stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+
+    def attribute(self, module: nn.Module, name: str, value: Any) -> None:
+        """Sets an instance attribute and puts back what was there."""
+        had, old = name in module.__dict__, module.__dict__.get(name)
+        module.__dict__[name] = value
+
+        def undo() -> None:
+            if had:
+                module.__dict__[name] = old
+            else:
+                module.__dict__.pop(name, None)
+
+        self.stack.callback(undo)
+
+    def skip(self, block: nn.Module) -> None:
+        """Makes a block hand its input through, for runs that start above it."""
+        self.attribute(block, "forward", lambda hidden_states, *args, **kwargs: hidden_states)
+
+    def switch_attention(self, config: Any) -> None:
+        """Gives this model's modules a copy of the config that names the tap; the config object itself may be shared with
+        other models and is not touched."""
+        native = config._attn_implementation
+        inside = any(name.endswith(("attn_scores", "hook_pattern")) for name in self.taps.names)
+        if native not in NATIVE:
+            raise UnsupportedFeatureError(
+                "attention sites (v, rot_q, rot_k, attn_scores, pattern)",
+                f"the model runs {native!r} attention",
+                "load it with attention='eager' or 'sdpa', or ask for sites outside attention",
+            )
+        tapped = copy.copy(config)
+        tapped._attn_implementation = name_of("eager" if inside else native)
+        for module in self.anatomy.configured:
+            self.attribute(module, "config", tapped)
+
+

@@ -1,0 +1,176 @@
+"""`load`: a name, a folder, a loaded model or a hooked model -> a hooked model."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mechattr.errors import BackendError, SettingError, UnknownModelError, UnknownNameError, nearest
+from mechattr.models.base import HookedModel
+
+PACKAGE = Path(__file__).resolve().parent.parent
+BUNDLED = ("tiny",)
+BACKENDS = ("hf", "plain", "nnsight", "transformer_lens")
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+def bundled_path(name: str) -> Path:
+    """The folder of a bundled model: inside an installed wheel, or in the `data/` folder of a checkout.
+
+    Raises:
+        UnknownModelError: the folder is in neither place.
+    """
+    places = [PACKAGE / "_data" / "models" / name, PACKAGE.parent / "data" / "models" / name]
+    for place in places:
+        if (place / "model.safetensors").exists():
+            return place
+    raise UnknownModelError(
+        f"the bundled model {name!r}",
+        "its folder is neither in the installed package nor in a checkout",
+        "reinstall mechattr, or load another model",
+    )
+
+
+def load(
+    source: Any,
+    *,
+    tokenizer: Any = None,
+    backend: str = "hf",
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    attention: str = "eager",
+    revision: str | None = None,
+) -> HookedModel:
+    """A hooked model.
+
+    Args:
+        source: `"tiny"` (the bundled model), a folder, a hub name, a loaded transformers model, or a hooked model.
+        tokenizer: a tokenizer object, a folder or a name; by default the one beside the weights.
+        backend: `"hf"`, or `"plain"` for a copy of a GPT-2 or Llama in plain torch.
+        device: where to put the weights; by default the CPU, or where a loaded model is.
+        dtype: by default that of the checkpoint; `"float64"` for exactness tests.
+        attention: implementation for names and folders; a loaded model keeps its own.
+        revision: hub revision.
+
+    Raises:
+        UnknownModelError: nothing found under this name.
+        UnsupportedModelError: a family that cannot be hooked faithfully.
+        BackendError: a backend that this version does not have.
+        SettingError: a dtype that does not exist, or settings for a model that is loaded already.
+    """
+    if backend not in BACKENDS:
+        raise UnknownNameError(f"backend {backend!r}", "no such backend", nearest(backend, BACKENDS))
+    if backend in ("nnsight", "transformer_lens"):
+        raise BackendError(
+            f"backend {backend!r}", "this version runs transformers models directly", "use backend='hf' or 'plain'"
+        )
+    wanted = _dtype(dtype)
+    if hasattr(source, "run") and hasattr(source, "sites"):
+        _no_settings(device=device, dtype=dtype, tokenizer=tokenizer)
+        return source  # type: ignore[no-any-return]
+    from mechattr.models.hf import HookedHF
+
+    if isinstance(source, torch.nn.Module):
+        _no_settings(device=device, dtype=dtype)
+        hooked = HookedHF(source, _tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer, revision=revision)
+    else:
+        hooked = _from_files(str(source), tokenizer, device, wanted, attention, revision)
+    if backend == "plain":
+        from mechattr.models.plain import plain_copy
+
+        return plain_copy(hooked)
+    return hooked
+
+
+def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in DTYPES:
+        raise SettingError(f"dtype {dtype!r}", "no such dtype", nearest(dtype, DTYPES))
+    return DTYPES[dtype]
+
+
+def _no_settings(**settings: Any) -> None:
+    given = [name for name, value in settings.items() if value is not None]
+    if given:
+        raise SettingError(
+            f"{', '.join(given)} for a model that is loaded already",
+            "load() never converts or moves a model that it did not load",
+            "load it with these settings, or call model.to(...) first",
+        )
+
+
+def _tokenizer(source: str, revision: str | None = None) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(source, revision=revision)
+
+
+def _from_files(
+    source: str, tokenizer: Any, device: Any, dtype: torch.dtype | None, attention: str, revision: str | None
+) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+
+    from mechattr.models.architectures import family_of
+    from mechattr.models.hf import HookedHF
+
+    folder = str(bundled_path(source)) if source in BUNDLED else source
+    _check_folder(source, folder)
+    try:
+        config = AutoConfig.from_pretrained(folder, revision=revision)
+    except (OSError, ValueError) as error:
+        raise UnknownModelError(
+            f"model {source!r}",
+            f"no bundled model, no folder, and no model of that name could be fetched ({_first_line(error)})",
+            f"bundled: {', '.join(BUNDLED)}; else give a folder with config.json and model.safetensors, or a hub name",
+        ) from error
+    _, family = family_of(config)
+    auto = AutoModelForMaskedLM if family.encoder else AutoModelForCausalLM
+    try:
+        model = auto.from_pretrained(
+            folder, dtype=dtype or "auto", attn_implementation=attention, revision=revision, use_safetensors=True
+        )
+    except OSError as error:
+        raise UnknownModelError(
+            f"the weights of {source!r}", _first_line(error), "the folder needs model.safetensors beside config.json"
+        ) from error
+    model = model.eval().requires_grad_(False)
+    if device is not None:
+        try:
+            model = model.to(device)
+        except (RuntimeError, AssertionError) as error:
+            raise SettingError(f"device {str(device)!r}", _first_line(error), "use a device that torch has here") from error
+    if tokenizer is None or isinstance(tokenizer, str):
+        tokenizer = _tokenizer(tokenizer or folder, revision if tokenizer is None else None)
+    return HookedHF(model, tokenizer, name=source if source in BUNDLED else Path(folder).name, revision=revision)
+
+
+def _check_folder(source: str, folder: str) -> None:
+    path = Path(folder)
+    looks_local = source.startswith((".", "~", os.sep)) or path.exists()
+    if not looks_local:
+        return
+    if not (path / "config.json").is_file():
+        found = ", ".join(sorted(p.name for p in path.iterdir())[:8]) if path.is_dir() else "no such folder"
+        raise UnknownModelError(
+            f"model folder {source!r}", found or "an empty folder", "give a folder with config.json and model.safetensors"
+        )
+    try:
+        json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UnknownModelError(
+            f"model folder {source!r}", f"config.json is not JSON ({error})", "save the model again"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,42 @@
+"""Layer norms taken apart: the scale that a norm divides by, and the norm at a given scale."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a LayerNorm or one of the families' RMSNorms."""
+    return isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("RMSNorm")
+
+
+def _eps(module: nn.Module) -> float:
+    return float(getattr(module, "variance_epsilon", getattr(module, "eps", 0.0)))
+
+
+def _centred(module: nn.Module, x: Tensor) -> Tensor:
+    x = x if x.dtype == torch.float64 else x.float()
+    return x - x.mean(-1, keepdim=True) if isinstance(module, nn.LayerNorm) else x
+
+
+def norm_weight(module: nn.Module) -> Float[Tensor, " d_model"] | None:
+    """The factor that a norm truly applies (Gemma stores it minus one)."""
+    weight = getattr(module, "weight", None)
+    if weight is None:
+        return None
+    return 1.0 + weight if type(module).__name__.startswith("Gemma") else weight
+
+
+def norm_scale(module: nn.Module, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "..."]:
+    """sqrt(mean(c^2) + eps), with c the centred input of a LayerNorm or the input of an RMSNorm; float32 or wider."""
+    return (_centred(module, x).pow(2).mean(-1) + _eps(module)).sqrt()
+
+
+def normalise(module: nn.Module, x: Float[Tensor, "... d_model"], scale: Float[Tensor, "..."]) -> Tensor:
+    """c / scale * weight + bias: linear in the input when the scale is held fixed."""
+    y = _centred(module, x) / scale[..., None]
+    weight, bias = norm_weight(module), getattr(module, "bias", None)
+    y = y if weight is None else y * weight
+    return y if bias is None else y + bias

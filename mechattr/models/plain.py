@@ -1,0 +1,313 @@
+"""A small transformer in plain torch behind the `HookedModel` protocol: every operation in one dtype, float64 throughout.
+
+It is the ground for oracles, hand-set circuits and toy research models. GPT-2-like, Llama-like with grouped-query attention,
+attention-only without norms, and linear; weights can be set by hand or copied from a hooked GPT-2 or Llama.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from mechattr.errors import MismatchError, SettingError, UnknownNameError, nearest
+from mechattr.models import tokenize as text
+from mechattr.models.base import Batch, Generation, Metric, ModelInfo, Run, Start, Visit, check_batch
+from mechattr.models.edits import Edit, Frame
+from mechattr.models.plain_config import PlainConfig, random_weights, shapes
+from mechattr.models.rules import Rules
+from mechattr.models.taps import Taps, execute, plan_edits
+from mechattr.sites import SITES, expand, site_spec
+
+ACTIVATIONS = {
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "relu": F.relu,
+    "identity": lambda x: x,
+}
+
+
+class HookedPlain:
+    """A plain transformer with named weights.
+
+    Args:
+        config: its shape.
+        weights: tensors by standard name (`mechattr.models.weights`), all of `shapes(config)`.
+        tokenizer: optional.
+        name: what results call the model.
+    """
+
+    def __init__(
+        self, config: PlainConfig, weights: Mapping[str, Tensor], *, tokenizer: Any = None, name: str = "plain"
+    ) -> None:
+        wanted = shapes(config)
+        wrong = [n for n, shape in wanted.items() if n not in weights or tuple(weights[n].shape) != shape]
+        if wrong:
+            found = tuple(weights[wrong[0]].shape) if wrong[0] in weights else "nothing"
+            raise MismatchError(
+                f"{len(wanted)} weights", f"{wrong[0]} is {found}, {len(wrong)} wrong", f"give {wanted[wrong[0]]}"
+            )
+        self.config, self.tokenizer = config, tokenizer
+        self._weights = {n: weights[n].detach() for n in wanted}
+        first = self._weights["embed.W_E"]
+        self.dtype, self.device = first.dtype, first.device
+        self.info = ModelInfo(
+            name=name,
+            family="plain",
+            backend="plain",
+            n_layers=config.n_layers,
+            n_heads=config.n_heads,
+            n_kv_heads=config.n_kv_heads,
+            d_model=config.d_model,
+            d_head=config.d_head,
+            d_mlp=config.d_mlp,
+            d_vocab=config.d_vocab,
+            n_ctx=config.n_ctx,
+            norm=config.norm,
+            rotary=config.positions == "rotary",
+            gated=config.gated,
+            dtype=str(self.dtype).removeprefix("torch."),
+        )
+        self._sites = _sites(config)
+
+    def __repr__(self) -> str:
+        c = self.config
+        return f"HookedPlain({self.info.name!r}, {c.n_layers} layers, {c.n_heads} heads, d_model {c.d_model}, {self.info.dtype})"
+
+    def sites(self) -> tuple[str, ...]:
+        """The full site names, in the order of the forward pass."""
+        return self._sites
+
+    def supports(self, feature: Any) -> bool:
+        """Whether a site name, an edit operator or a `Rules` value can be used."""
+        if isinstance(feature, str):
+            try:
+                return bool(expand(feature, self._sites))
+            except KeyError:
+                return False
+        return isinstance(feature, Rules) or callable(feature)
+
+    def weight(self, name: str) -> Tensor:
+        """A weight by its standard name.
+
+        Raises:
+            UnknownNameError: no such weight.
+        """
+        if name not in self._weights:
+            raise UnknownNameError(f"weight {name!r}", "this model has no such weight", nearest(name, self._weights))
+        return self._weights[name]
+
+    def tokenize(self, texts: str | Sequence[str], *, chat: bool = False, padding_side: str = "right") -> Batch:
+        """Texts -> padded batch, if there is a tokenizer."""
+        return text.tokenize(self.tokenizer, texts, chat=chat, padding_side=padding_side, device=self.device)
+
+    def decode_token(self, token: int) -> str:
+        """One token as text."""
+        return f"<{token}>" if self.tokenizer is None else text.decode_token(self.tokenizer, token)
+
+    @cached_property
+    def _hashes(self) -> dict[str, str]:
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self._weights.items()):
+            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return {"weight_hash": digest.hexdigest(), "tokenizer_hash": text.tokenizer_hash(self.tokenizer)}
+
+    def fingerprint(self) -> Mapping[str, str]:
+        """sha256 of the weights and of the tokenizer."""
+        return self._hashes
+
+    def run(
+        self,
+        batch: Batch,
+        *,
+        record: str | Sequence[str] = (),
+        edits: Sequence[Edit] = (),
+        metric: Metric | None = None,
+        gradients: str | Sequence[str] = (),
+        rules: Rules | None = None,
+        start: Start | None = None,
+        visit: Visit | None = None,
+    ) -> Run:
+        """One forward pass and, if gradients are asked for, one backward pass; see `HookedModel.run`."""
+        check_batch(batch, self.info, self.device)
+        return execute(
+            lambda taps: self._forward(batch, taps),
+            self.info,
+            self._sites,
+            batch,
+            record=record,
+            edits=edits,
+            metric=metric,
+            gradients=gradients,
+            rules=rules,
+            start=start,
+            visit=visit,
+        )
+
+    def generate(self, batch: Batch, *, edits: Sequence[Edit] = (), **kwargs: Any) -> Generation:
+        """Greedy continuation by `max_new_tokens`, recomputing the whole prompt at each step.
+
+        Raises:
+            SettingError: other settings than `max_new_tokens`, or a right-padded batch.
+        """
+        steps = kwargs.pop("max_new_tokens", 20)
+        if kwargs.pop("do_sample", False) or kwargs:
+            raise SettingError("generate on the plain backend", f"settings {sorted(kwargs)}", "it is greedy: use backend='hf'")
+        if not bool(batch.mask[:, -1].all()):
+            raise SettingError("generate from a right-padded batch", "rows end in padding", "tokenize with padding_side='left'")
+        taps = Taps(Frame(batch.lengths, batch.positions, batch.positions), plan_edits(edits, self._sites, self.info, batch.lengths))
+        taps.axes = {name: site_spec(name).axes for name in taps.names}
+        tokens, mask = batch.tokens, batch.mask
+        with torch.no_grad():
+            for _ in range(steps):
+                grown = Batch(tokens, mask, batch.example)
+                check_batch(grown, self.info, self.device)
+                taps.frame = Frame(batch.lengths, grown.positions, grown.positions)
+                tokens = torch.cat([tokens, self._forward(grown, taps)[:, -1:].argmax(-1)], 1)
+                mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+        new = tokens[:, batch.tokens.shape[1] :]
+        texts = () if self.tokenizer is None else tuple(self.tokenizer.batch_decode(new, skip_special_tokens=True))
+        return Generation(tokens, batch.tokens.shape[1], texts)
+
+    # -- the network
+
+    def _forward(self, batch: Batch, taps: Taps) -> Tensor:
+        c, w = self.config, self._weights
+        positions = batch.positions.clamp(min=0)
+        if taps.start is None:
+            x = _tap(taps, "hook_embed", w["embed.W_E"][batch.tokens])
+            if c.positions == "learned":
+                x = x + _tap(taps, "hook_pos_embed", w["pos_embed.W_pos"][positions])
+        else:
+            x = taps.start.resid_pre
+        seen = batch.mask[:, None, None, :] & torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
+        for layer in range(0 if taps.start is None else taps.start.layer, c.n_layers):
+            x = self._block(layer, x, positions, seen, taps)
+        x = self._norm("ln_final.", "ln_final.", x, taps)
+        return x @ w["unembed.W_U"] + w["unembed.b_U"]
+
+    def _block(self, layer: int, x: Tensor, positions: Tensor, seen: Tensor, taps: Taps) -> Tensor:
+        c, w, p = self.config, self._weights, f"blocks.{layer}."
+        x = _tap(taps, p + "hook_resid_pre", x)
+        written = self._attention(p, self._norm(p + "ln1.", p + "ln1.", x, taps), positions, seen, taps)
+        x = _tap(taps, p + "hook_resid_mid", x + _tap(taps, p + "hook_attn_out", written))
+        if c.d_mlp:
+            y = self._norm(p + "ln2.", p + "ln2.", x, taps)
+            act = ACTIVATIONS[c.activation]
+            if c.gated:
+                pre = _tap(taps, p + "mlp.hook_pre", y @ w[p + "mlp.W_gate"] + w[p + "mlp.b_gate"])
+                post = act(pre) * _tap(taps, p + "mlp.hook_pre_linear", y @ w[p + "mlp.W_in"] + w[p + "mlp.b_in"])
+            else:
+                post = act(_tap(taps, p + "mlp.hook_pre", y @ w[p + "mlp.W_in"] + w[p + "mlp.b_in"]))
+            written = _tap(taps, p + "mlp.hook_post", post) @ w[p + "mlp.W_out"] + w[p + "mlp.b_out"]
+            x = x + _tap(taps, p + "hook_mlp_out", written)
+        return _tap(taps, p + "hook_resid_post", x)
+
+    def _attention(self, p: str, y: Tensor, positions: Tensor, seen: Tensor, taps: Taps) -> Tensor:
+        c, w, a = self.config, self._weights, p + "attn.hook_"
+
+        def project(which: str) -> Tensor:
+            return torch.einsum("bpm,hmd->bphd", y, w[f"{p}attn.W_{which}"]) + w[f"{p}attn.b_{which}"]
+
+        groups = c.n_heads // c.n_kv_heads
+        v = _tap(taps, a + "v", project("V")).repeat_interleave(groups, 2)
+        if c.attention == "uniform":
+            pattern = (seen / seen.sum(-1, keepdim=True).clamp(min=1)).to(y.dtype).expand(-1, c.n_heads, -1, -1)
+        else:
+            q, k = _tap(taps, a + "q", project("Q")), _tap(taps, a + "k", project("K"))
+            if c.positions == "rotary":
+                q, k = _rotate(q, positions, c.rope_theta), _rotate(k, positions, c.rope_theta)
+            q, k = _tap(taps, a + "rot_q", q), _tap(taps, a + "rot_k", k).repeat_interleave(groups, 2)
+            scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * c.d_head**-0.5
+            scores = _tap(taps, a + "attn_scores", scores.masked_fill(~seen, torch.finfo(scores.dtype).min))
+            pattern = scores.softmax(-1)
+        pattern = _tap(taps, a + "pattern", pattern)
+        z = _tap(taps, a + "z", torch.einsum("bhqk,bkhd->bqhd", pattern, v))
+        if taps.wants(a + "result"):
+            return taps(a + "result", torch.einsum("bqhd,hdm->bqhm", z, w[p + "attn.W_O"])).sum(2) + w[p + "attn.b_O"]
+        return torch.einsum("bqhd,hdm->bqm", z, w[p + "attn.W_O"]) + w[p + "attn.b_O"]
+
+    def _norm(self, name: str, site: str, x: Tensor, taps: Taps) -> Tensor:
+        c = self.config
+        if c.norm == "none":
+            return x
+        centred = x - x.mean(-1, keepdim=True) if c.norm == "layer" else x
+        scale = (centred.pow(2).mean(-1) + c.eps).sqrt()
+        scale = _tap(taps, site + "hook_scale", scale.detach() if taps.rules.norm == "frozen" else scale)
+        y = centred / scale[..., None] * self._weights[name + "w"]
+        return _tap(taps, site + "hook_out", y + self._weights[name + "b"] if c.norm == "layer" else y)
+
+
+def _tap(taps: Taps, name: str, x: Tensor) -> Tensor:
+    return taps(name, x) if taps.wants(name) else x
+
+
+def _rotate(x: Float[Tensor, "batch pos head d"], positions: Tensor, theta: float) -> Tensor:
+    """Rotary embedding in the half-split layout: pairs are (i, i + d/2)."""
+    half = x.shape[-1] // 2
+    frequency = theta ** (-torch.arange(half, device=x.device, dtype=x.dtype) / half)
+    angle = positions[:, :, None, None].to(x.dtype) * frequency
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
+
+
+def _sites(c: PlainConfig) -> tuple[str, ...]:
+    absent = set()
+    if c.positions != "learned":
+        absent |= {"pos_embed"}
+    if c.norm == "none":
+        absent |= {"ln1", "ln1_scale", "ln2", "ln2_scale", "ln_final", "ln_final_scale"}
+    if c.attention == "uniform":
+        absent |= {"q", "k", "rot_q", "rot_k", "attn_scores"}
+    if not c.gated:
+        absent |= {"mlp_pre_linear"}
+    if not c.d_mlp:
+        absent |= {"ln2", "ln2_scale", "mlp_pre", "mlp_pre_linear", "mlp_post", "mlp_out"}
+    specs = [s for s in SITES.values() if s.short not in absent]
+    before = [s.template for s in specs if not s.layered and "embed" in s.short]
+    after = [s.template for s in specs if not s.layered and "embed" not in s.short]
+    return (*before, *(s.template.format(l=i) for i in range(c.n_layers) for s in specs if s.layered), *after)
+
+
+def plain_model(
+    config: PlainConfig,
+    weights: Mapping[str, Tensor] | None = None,
+    *,
+    seed: int = 0,
+    dtype: str | torch.dtype = "float64",
+    tokenizer: Any = None,
+) -> HookedPlain:
+    """A plain transformer with given weights, or with seeded random ones (large, biases not zero).
+
+    Args:
+        config: its shape; `PlainConfig.gpt2_like()`, `.llama_like()`, `.attention_only()` and `.linear()` are short cuts.
+        weights: by standard name; missing ones are drawn at random.
+        seed: for the random ones.
+        dtype: of all weights and of the whole computation.
+        tokenizer: optional.
+    """
+    kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    drawn = random_weights(config, seed)
+    unknown = sorted(set(weights or {}) - set(drawn))
+    if unknown:
+        raise UnknownNameError(f"weight {unknown[0]!r}", "this config has no such weight", nearest(unknown[0], drawn))
+    return HookedPlain(config, {n: t.to(kind) for n, t in {**drawn, **(weights or {})}.items()}, tokenizer=tokenizer)
+
+
+def plain_copy(model: Any, dtype: str | torch.dtype = "float64") -> HookedPlain:
+    """A hooked GPT-2 or Llama as a plain model of the same function.
+
+    Raises:
+        SettingError: another family, or options that the plain network does not have.
+    """
+    config = PlainConfig.of(model)
+    kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    weights = {name: model.weight(name).to(kind) for name in shapes(config)}
+    return HookedPlain(config, weights, tokenizer=model.tokenizer, name=model.info.name)

@@ -1,0 +1,79 @@
+"""A hooked model proves itself when it is made: sites fire, patterns are probabilities, and what is overwritten counts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from mechattr.errors import SelfCheckError, UnsupportedModelError
+from mechattr.models.base import Batch
+from mechattr.models.edits import Edit, Frame, Set
+from mechattr.models.taps import Taps
+from mechattr.sites import full_name, parse, site_spec
+
+if TYPE_CHECKING:
+    from mechattr.models.hf import HookedHF
+
+ATTENTION = ("rot_q", "rot_k", "v", "attn_scores", "pattern")
+
+
+def selfcheck(model: HookedHF) -> None:
+    """Three forward passes over four tokens.
+
+    Raises:
+        UnsupportedModelError: attention does not go through the tap.
+        SelfCheckError: a site does not fire, has another shape, or overwriting the pattern changes nothing.
+    """
+    if model.model.training:  # dropout would make the comparisons below meaningless; `run` refuses such a model
+        return
+    ids = torch.arange(4, device=model.model.device)[None] % model.info.d_vocab
+    batch = Batch.of(ids)
+    fired = _fire(model, batch)
+    silent = [name for name in model.sites() if name not in fired]
+    untapped = [name for name in silent if parse(name)[0] in ATTENTION]
+    if untapped:
+        raise UnsupportedModelError(
+            f"a hooked {type(model.model).__name__}",
+            f"its attention does not go through the tap: {untapped[0]} never fired ({len(untapped)} sites silent)",
+            "use transformers' own attention of this family; a custom attention must call the attention interface",
+        )
+    if silent:
+        raise SelfCheckError(
+            f"the sites of {type(model.model).__name__}",
+            f"{', '.join(silent[:5])} never fired",
+            "report the model's config: the family table does not describe it",
+        )
+    sizes = {
+        "batch": 1, "pos": 4, "query": 4, "key": 4, "head": model.info.n_heads, "kv_head": model.info.n_kv_heads,
+        "d_head": model.info.d_head, "d_model": model.info.d_model, "neuron": model.info.d_mlp,
+    }  # fmt: skip
+    for name, x in fired.items():
+        wanted = tuple(sizes[axis] for axis in site_spec(name).axes)
+        if tuple(x.shape) != wanted:
+            raise SelfCheckError(f"site {name}", f"shape {tuple(x.shape)}", f"expected {wanted}: the family table is wrong")
+    last = model.info.n_layers - 1
+    pattern = fired[full_name("pattern", last)]
+    if not bool(torch.isfinite(pattern).all()):
+        return  # weights that overflow are reported by the first run, with the place where it begins
+    if bool((pattern.sum(-1) > 1 + 1e-2).any()) or bool((pattern < 0).any()):
+        raise SelfCheckError("the attention pattern", "rows that are no probabilities", "report the model's config")
+    _check_causes(model, batch, pattern, last)
+
+
+def _fire(model: HookedHF, batch: Batch) -> dict[str, torch.Tensor]:
+    taps = Taps(frame=Frame(batch.lengths, batch.positions, batch.positions), record=frozenset(model.sites()))
+    with torch.no_grad():
+        model._forward(batch, taps)
+    return taps.activations
+
+
+def _check_causes(model: HookedHF, batch: Batch, pattern: torch.Tensor, layer: int) -> None:
+    plain = model.run(batch).logits
+    turned = model.run(batch, edits=[Edit(full_name("pattern", layer), Set(pattern.flip(-1)))]).logits
+    if torch.equal(plain, turned):
+        raise SelfCheckError(
+            f"site {full_name('pattern', layer)}",
+            "overwriting it changes no logit",
+            "use transformers' own attention of this family",
+        )

@@ -1,0 +1,131 @@
+"""Weights of a transformers model under the standard names and orientations.
+
+`W_Q W_K W_V` are [head, d_model, d_head], `W_O` [head, d_head, d_model], `W_in W_gate` [d_model, d_mlp], `W_out`
+[d_mlp, d_model], `W_E` [d_vocab, d_model], `W_pos` [n_ctx, d_model], `W_U` [d_model, d_vocab]; biases likewise.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from mechattr.errors import UnknownNameError, nearest
+from mechattr.models.norms import norm_weight
+
+if TYPE_CHECKING:
+    from mechattr.models.hf_hooks import Anatomy
+
+BLOCK_NAMES = (
+    *(f"attn.{kind}_{m}" for m in "QKVO" for kind in "Wb"),
+    *(f"mlp.{n}" for n in ("W_in", "b_in", "W_gate", "b_gate", "W_out", "b_out")),
+    *(f"{n}.{p}" for n in ("ln1", "ln2") for p in "wb"),
+)
+END_NAMES = ("embed.W_E", "pos_embed.W_pos", "ln_final.w", "ln_final.b", "unembed.W_U", "unembed.b_U")
+
+
+def matrix(module: Any) -> Tensor:
+    """The weight of a Linear or a Conv1D as [in, out]."""
+    weight: Tensor = module.weight
+    return weight if type(module).__name__ == "Conv1D" else weight.T
+
+
+def w_o(module: nn.Module, n_heads: int) -> Tensor:
+    """The output projection as [head, d_head, d_model]."""
+    return matrix(module).unflatten(0, (n_heads, -1))
+
+
+def weight(name: str, anatomy: Anatomy, head: nn.Module | None) -> Tensor:
+    """A weight by its standard name; a zero tensor for a bias that the model does not have.
+
+    Raises:
+        UnknownNameError: no such name, or the model has no such part.
+    """
+    found = _end(name, anatomy, head) if not name.startswith("blocks.") else _block(name, anatomy)
+    if found is None:
+        names = [*END_NAMES, *(f"blocks.0.{n}" for n in BLOCK_NAMES)]
+        raise UnknownNameError(f"weight {name!r}", "this model has no such weight", nearest(name, names))
+    return found
+
+
+def _end(name: str, anatomy: Anatomy, head: Any) -> Tensor | None:
+    ends = anatomy.ends
+    if name == "embed.W_E":
+        table: Tensor = ends["embed"].weight  # type: ignore[assignment]
+        scale = getattr(ends["embed"], "embed_scale", None)
+        return table if scale is None else table * scale.to(table.dtype)  # type: ignore[operator]
+    if name == "pos_embed.W_pos" and "pos_embed" in ends:
+        positions: Any = ends["pos_embed"]
+        return positions.weight[getattr(positions, "offset", 0) :]  # type: ignore[no-any-return]
+    if name in ("ln_final.w", "ln_final.b") and "final" in ends:
+        return _norm(ends["final"], name[-1])
+    if name == "unembed.W_U" and head is not None:
+        return matrix(head)
+    if name == "unembed.b_U" and head is not None:
+        return _bias(head)
+    return None
+
+
+def _block(name: str, anatomy: Anatomy) -> Tensor | None:
+    match = re.fullmatch(r"blocks\.(\d+)\.(\w+)\.(\w+)", name)
+    if match is None or int(match[1]) >= len(anatomy.blocks):
+        return None
+    parts, group, short = anatomy.parts[int(match[1])], match[2], match[3]
+    if group in ("ln1", "ln2"):
+        return _norm(parts[group], short) if group in parts and short in "wb" else None
+    if group == "attn" and short in ("W_O", "b_O"):
+        return w_o(parts["o"], anatomy.n_heads) if short == "W_O" else _bias(parts["o"])
+    if group == "attn" and re.fullmatch("[Wb]_[QKV]", short):
+        kind, which = short[0], short[2].lower()
+        heads = anatomy.n_heads if which == "q" else anatomy.n_kv_heads
+        flat = _projection(parts, which, kind, anatomy)
+        return flat.unflatten(-1, (heads, -1)).movedim(-2, 0) if kind == "W" else flat.unflatten(-1, (heads, -1))
+    if group == "mlp":
+        return _mlp(parts, short, anatomy.family.fused == "blocks")
+    return None
+
+
+def _projection(parts: dict[str, nn.Module], which: str, kind: str, anatomy: Anatomy) -> Tensor:
+    """[d_model, heads * d_head] or [heads * d_head]; a fused projection is split as its family lays it out."""
+    module = parts.get(which) or parts["qkv"]
+    whole = matrix(module) if kind == "W" else _bias(module)
+    scaling = getattr(parts["attn"], "scaling", None) if type(parts["attn"]).__name__ == "OPTAttention" else None
+    if which in parts:  # OPT scales its queries before attention, so its W_Q does
+        return whole * scaling if scaling is not None and which == "q" else whole
+    i, heads, kv_heads = "qkv".index(which), anatomy.n_heads, anatomy.n_kv_heads
+    if anatomy.family.fused == "interleaved":
+        return whole.unflatten(-1, (heads, 3, -1)).select(-2, i).flatten(-2)
+    d_head = whole.shape[-1] // (heads + 2 * kv_heads)
+    return whole.split([heads * d_head, kv_heads * d_head, kv_heads * d_head], -1)[i]
+
+
+def _mlp(parts: dict[str, nn.Module], short: str, fused: bool) -> Tensor | None:
+    """In a gated MLP `W_gate` enters the activation and `W_in` is the linear input; otherwise `W_in` enters it."""
+    if short == "W_out":
+        return matrix(parts["down"])
+    if short == "b_out":
+        return _bias(parts["down"])
+    if fused and short in ("W_gate", "W_in"):
+        return matrix(parts["gate"]).chunk(2, -1)[("W_gate", "W_in").index(short)]
+    if short in ("W_gate", "b_gate") and "up" in parts:
+        return matrix(parts["gate"]) if short == "W_gate" else _bias(parts["gate"])
+    entering = parts.get("up") or parts["gate"]
+    if short == "W_in":
+        return matrix(entering)
+    return _bias(entering) if short == "b_in" and not fused else None
+
+
+def _norm(module: nn.Module, short: str) -> Tensor:
+    weight = norm_weight(module)
+    if weight is None:
+        size = module.normalized_shape[0]  # type: ignore[index]
+        return torch.ones(size) if short == "w" else torch.zeros(size)
+    bias: Tensor | None = getattr(module, "bias", None)
+    return weight if short == "w" else (torch.zeros_like(weight) if bias is None else bias)
+
+
+def _bias(module: Any) -> Tensor:
+    bias: Tensor | None = module.bias
+    return matrix(module).new_zeros(matrix(module).shape[-1]) if bias is None else bias

@@ -1,0 +1,215 @@
+"""The main job: estimate every component, check the best exactly, and write a report.
+
+1. Attribution patching at the asked sites and at the sites of the maps, in one pass.
+2. Exact activation patching of the components with the largest estimates.
+3. Both again for whole heads (z) and whole MLPs, all of them: the picture by head, and how far the estimates can be trusted.
+4. Figures, table and report.
+
+Each result is saved as soon as it exists, so that a run that fails or is killed goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import base64
+import shlex
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any, Literal
+
+from mechattr.artifact import Attribution
+from mechattr.errors import ArtifactError, EmptyTaskError, SettingError
+from mechattr.models.base import HookedModel
+from mechattr.patching.activation import activation_patching
+from mechattr.patching.attribution import attribution_patching
+from mechattr.report import figures, html, summary, tables
+from mechattr.report.record import ARTIFACTS, FIGURES, PARTIAL, REPORT, TABLE, Record, describe, prepare, read, write
+from mechattr.report.results import Results, at_sites
+from mechattr.tasks.task import Task
+
+Positions = Literal["each", "named", "all"]
+
+
+@dataclass(frozen=True)
+class Localisation:
+    """What `localise` found, and where its report is.
+
+    Attributes:
+        results: the stored results and the numbers drawn from them.
+        report_path: the HTML report.
+    """
+
+    results: Results
+    report_path: Path
+
+    @property
+    def attribution(self) -> Attribution:
+        """Estimates of all components."""
+        return self.results.scored
+
+    @property
+    def exact(self) -> Attribution:
+        """Exact effects of the components with the largest estimates."""
+        return self.results.exact
+
+    @property
+    def summary(self) -> str:
+        """The answer in one sentence."""
+        return summary.sentence(self.results)
+
+    def table(self, k: int = 20) -> list[dict[str, Any]]:
+        """The k strongest verified components, a dict a row; see `mechattr.report.tables.rows`."""
+        return tables.rows(self.results, k)
+
+    def _repr_html_(self) -> str:
+        png = self.report_path.parent / FIGURES / "head_map.png"
+        picture = base64.b64encode(png.read_bytes()).decode()
+        cells = "".join(
+            f"<tr><td>{escape(row['component'])}</td><td>{escape(row['position'])}</td><td>{row['estimate']:+.3f}</td>"
+            f"<td>{row['exact']:+.3f}</td><td>{row['share']:.1%}</td></tr>"
+            for row in self.table(10)
+        )
+        return (
+            f"<div style='background:#ffffff;color:#222222;padding:8px'><p>{escape(self.summary)}</p>"
+            f"<img alt='head map' style='max-width:640px' src='data:image/png;base64,{picture}'>"
+            "<table><thead><tr><th>component</th><th>position</th><th>estimate</th><th>exact</th><th>share</th></tr></thead>"
+            f"<tbody>{cells}</tbody></table><p>Report: {escape(str(self.report_path))}</p></div>"
+        )
+
+
+def localise(
+    model: HookedModel,
+    task: Task,
+    *,
+    out: Path | str,
+    top: int = 50,
+    direction: Literal["noising", "denoising"] = "noising",
+    sites: Sequence[str] = ("q", "k", "v", "z", "mlp_post"),
+    positions: Positions | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    overwrite: bool = False,
+    progress: bool | None = None,
+) -> Localisation:
+    """Finds which components cause a behaviour: estimates all, checks the best exactly, and writes a report.
+
+    Writes into `out`: `report.html`, `table.csv`, `figures/`, the four results as `.safetensors`, and `settings.json`. A
+    folder that holds a run with the same settings is reused, and a run that stopped goes on where it stopped.
+
+    Args:
+        model: what is looked into.
+        task: prompt pairs.
+        out: folder of the report.
+        top: how many components are checked exactly.
+        direction: corrupt activations into the clean run, or clean ones into the corrupt run.
+        sites: sites whose components are scored.
+        positions: score each position ("each"), the named spans ("named"), or all positions replaced together ("all").
+            Without it: each position where pairs align, else the spans that all pairs have, else all together.
+        seed: recorded with the result; nothing is drawn at random here.
+        batch_size: prompt rows of one forward pass.
+        overwrite: replace the result of other settings.
+        progress: show progress bars.
+
+    Returns:
+        The results and the path of the report.
+
+    Raises:
+        OutputExistsError: `out` holds the result of other settings.
+        EmptyTaskError: the task has no pair.
+        SettingError: `top` or `positions` cannot be used.
+
+    Cost: estimates take 4 forward and 2 backward passes a pair; each check takes up to one forward pass a pair and
+        component, `top` + heads + MLPs in all.
+    """
+    if len(task) == 0:
+        raise EmptyTaskError("to localise a behaviour", f"task {task.name!r} has no pair", "make a task with at least one pair")
+    if isinstance(top, bool) or not isinstance(top, int) or top < 1:
+        raise SettingError("how many components to check", f"top={top!r}", "give a whole number from 1")
+    if positions not in (None, "each", "named", "all"):
+        raise SettingError("positions", repr(positions), "use 'each', 'named', 'all' or None")
+    where = positions or _comparable(task)
+    asked = {"direction": direction, "sites": list(sites), "positions": where, "top": top, "seed": seed}
+    folder = Path(out)
+    record = prepare(folder, {**describe(model, task, asked), "command": _command(model, task, asked, folder)}, overwrite=overwrite)
+    common: dict[str, Any] = {"direction": direction, "batch_size": batch_size, "progress": progress}
+    by_place = {**common, "positions": None if where == "each" else where}
+    whole = {**common, "positions": "all"}
+
+    every_site = tuple(dict.fromkeys((*sites, *figures.MAPS)))
+    attribution = _step(
+        folder, record, "attribution", lambda: attribution_patching(model, task, sites=every_site, variant="atp", **by_place)
+    )
+    best = at_sites(attribution, sites).top(top)
+    exact = _step(
+        folder, record, "exact", lambda: activation_patching(model, task, nodes=best, resume=folder / PARTIAL["exact"], **by_place)
+    )
+    whole_attribution = _step(
+        folder, record, "whole_attribution", lambda: attribution_patching(model, task, sites=figures.WHOLE, variant="atp", **whole)
+    )
+    whole_exact = _step(
+        folder,
+        record,
+        "whole_exact",
+        lambda: activation_patching(model, task, sites=figures.WHOLE, resume=folder / PARTIAL["whole_exact"], **whole),
+    )
+    return _write(folder, Results(record, attribution, exact, whole_attribution, whole_exact))
+
+
+def rebuild(path: Path | str) -> Localisation:
+    """Makes figures, table and report again from what an earlier `localise` stored; runs no model.
+
+    Args:
+        path: the folder of that run.
+
+    Raises:
+        ArtifactError: there is no result in the folder, or it is damaged or not finished.
+    """
+    folder = Path(path)
+    record = read(folder)
+    missing = [name for name in ARTIFACTS.values() if not (folder / name).exists()]
+    if missing:
+        raise ArtifactError(
+            f"to rebuild the report of {folder}", f"no {', '.join(missing)}: the run did not finish", "run localise again: it goes on from there"
+        )
+    return _write(folder, Results(record, **{name: Attribution.load(folder / file) for name, file in ARTIFACTS.items()}))
+
+
+def _step(folder: Path, record: Record, name: str, make: Callable[[], Attribution]) -> Attribution:
+    """A result from the folder, or made now and saved there with the seconds it took."""
+    path = folder / ARTIFACTS[name]
+    if path.exists():
+        return Attribution.load(path)
+    start = time.perf_counter()
+    result = make()
+    result.save(path)
+    record["seconds"][name] = round(time.perf_counter() - start, 3)
+    write(folder, record)
+    return result
+
+
+def _write(folder: Path, results: Results) -> Localisation:
+    """Figures, table and report into the folder."""
+    (folder / TABLE).write_text(tables.csv_text(results), encoding="utf-8")
+    pictures = figures.save(results, folder / FIGURES)
+    (folder / REPORT).write_text(html.page(results, pictures), encoding="utf-8")
+    return Localisation(results, folder / REPORT)
+
+
+def _comparable(task: Task) -> Positions:
+    """The finest positions that mean the same in every pair."""
+    if task.aligned:
+        return "each"
+    shared = task.spans and set.intersection(*(set(spans) for spans in task.spans))
+    return "named" if shared else "all"
+
+
+def _command(model: HookedModel, task: Task, asked: Mapping[str, Any], out: Path) -> str:
+    """The command line that makes the same run."""
+    made = task.settings
+    options = {"model": model.info.name, "task": task.name}
+    options |= {name: str(made[name]) for name in ("n", "split", "seed") if name in made}
+    options |= {"sites": ",".join(asked["sites"]), "positions": asked["positions"], "direction": asked["direction"]}
+    options |= {"top": str(asked["top"]), "out": str(out)}
+    return "mechattr localise " + " ".join(f"--{name} {shlex.quote(value)}" for name, value in options.items())

@@ -1,0 +1,171 @@
+"""Sites: the named places of a forward pass, and nodes, the things that are scored at them.
+
+Names and axis order are those of TransformerLens. A short name (`"z"`) stands for the site in every layer, a full name
+(`"blocks.3.attn.hook_z"`) for one place.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from mechattr.errors import UnknownSiteError, nearest
+
+RESID = ("batch", "pos", "d_model")
+HEADS = ("batch", "pos", "head", "d_head")
+KV_HEADS = ("batch", "pos", "kv_head", "d_head")
+SCORES = ("batch", "head", "query", "key")
+NEURONS = ("batch", "pos", "neuron")
+SCALE = ("batch", "pos")
+
+
+@dataclass(frozen=True, slots=True)
+class SiteSpec:
+    """One row of the site table: short name, full-name template (`{l}` is the layer) and axes."""
+
+    short: str
+    template: str
+    axes: tuple[str, ...]
+
+    @property
+    def layered(self) -> bool:
+        """Whether the site exists once a layer."""
+        return "{l}" in self.template
+
+
+SITES: dict[str, SiteSpec] = {
+    spec.short: spec
+    for spec in (
+        SiteSpec("embed", "hook_embed", RESID),
+        SiteSpec("pos_embed", "hook_pos_embed", RESID),
+        SiteSpec("resid_pre", "blocks.{l}.hook_resid_pre", RESID),
+        SiteSpec("ln1_scale", "blocks.{l}.ln1.hook_scale", SCALE),
+        SiteSpec("ln1", "blocks.{l}.ln1.hook_out", RESID),
+        SiteSpec("q", "blocks.{l}.attn.hook_q", HEADS),
+        SiteSpec("k", "blocks.{l}.attn.hook_k", KV_HEADS),
+        SiteSpec("v", "blocks.{l}.attn.hook_v", KV_HEADS),
+        SiteSpec("rot_q", "blocks.{l}.attn.hook_rot_q", HEADS),
+        SiteSpec("rot_k", "blocks.{l}.attn.hook_rot_k", KV_HEADS),
+        SiteSpec("attn_scores", "blocks.{l}.attn.hook_attn_scores", SCORES),
+        SiteSpec("pattern", "blocks.{l}.attn.hook_pattern", SCORES),
+        SiteSpec("z", "blocks.{l}.attn.hook_z", HEADS),
+        SiteSpec("result", "blocks.{l}.attn.hook_result", ("batch", "pos", "head", "d_model")),
+        SiteSpec("attn_out", "blocks.{l}.hook_attn_out", RESID),
+        SiteSpec("resid_mid", "blocks.{l}.hook_resid_mid", RESID),
+        SiteSpec("ln2_scale", "blocks.{l}.ln2.hook_scale", SCALE),
+        SiteSpec("ln2", "blocks.{l}.ln2.hook_out", RESID),
+        SiteSpec("mlp_pre", "blocks.{l}.mlp.hook_pre", NEURONS),
+        SiteSpec("mlp_pre_linear", "blocks.{l}.mlp.hook_pre_linear", NEURONS),
+        SiteSpec("mlp_post", "blocks.{l}.mlp.hook_post", NEURONS),
+        SiteSpec("mlp_out", "blocks.{l}.hook_mlp_out", RESID),
+        SiteSpec("resid_post", "blocks.{l}.hook_resid_post", RESID),
+        SiteSpec("ln_final_scale", "ln_final.hook_scale", SCALE),
+        SiteSpec("ln_final", "ln_final.hook_out", RESID),
+    )
+}
+
+_FULL = re.compile(r"^(?:blocks\.(?P<layer>\d+)\.)?(?P<rest>.+)$")
+_BY_TEMPLATE = {spec.template.replace("blocks.{l}.", ""): spec for spec in SITES.values()}
+
+
+def full_name(short: str, layer: int | None = None) -> str:
+    """`("z", 3)` -> `"blocks.3.attn.hook_z"`.
+
+    Raises:
+        UnknownSiteError: no such short name, or a layer is missing or given where there is none.
+    """
+    spec = site_spec(short)
+    if spec.layered == (layer is None):
+        raise UnknownSiteError(
+            f"site {short!r} with layer {layer}",
+            f"{short!r} exists {'once a layer' if spec.layered else 'once in the model'}",
+            "give a layer" if spec.layered else "leave the layer out",
+        )
+    return spec.template.format(l=layer)
+
+
+@lru_cache(maxsize=4096)
+def parse(name: str) -> tuple[str, int | None]:
+    """`"blocks.3.attn.hook_z"` -> `("z", 3)`; the inverse of `full_name`.
+
+    Raises:
+        UnknownSiteError: not a full site name.
+    """
+    match = _FULL.match(name)
+    spec = _BY_TEMPLATE.get(match["rest"]) if match else None
+    if match is None or spec is None or spec.layered == (match["layer"] is None):
+        examples = [s.template.format(l=0) for s in SITES.values()]
+        raise UnknownSiteError(f"site {name!r}", "no such full site name", nearest(name, examples))
+    return spec.short, None if match["layer"] is None else int(match["layer"])
+
+
+def site_spec(name: str) -> SiteSpec:
+    """The table row of a short or a full site name."""
+    if name in SITES:
+        return SITES[name]
+    if "hook_" in name:
+        return SITES[parse(name)[0]]
+    raise UnknownSiteError(f"site {name!r}", "no such site", nearest(name, SITES))
+
+
+def expand(names: str | Iterable[str], available: Sequence[str], layers: Iterable[int] | None = None) -> list[str]:
+    """Short and full names -> full names that exist, in the order of the forward pass (that of `available`).
+
+    Args:
+        names: short or full names.
+        available: the full names that a model has, `HookedModel.sites()`.
+        layers: restricts short names to these layers.
+
+    Raises:
+        UnknownSiteError: a name that is in no table, or that this model does not have.
+    """
+    wanted: set[str] = set()
+    chosen = None if layers is None else set(layers)
+    for name in [names] if isinstance(names, str) else names:
+        spec = site_spec(name)
+        hits = [full for full in available if parse(full)[0] == spec.short] if name in SITES else [name]
+        if name in SITES and chosen is not None and spec.layered:
+            hits = [full for full in hits if parse(full)[1] in chosen]
+        missing = [full for full in hits if full not in set(available)]
+        if missing or not hits:
+            shorts = {parse(full)[0] for full in available}
+            layer_note = "" if chosen is None else f" in layers {sorted(chosen)}"
+            raise UnknownSiteError(
+                f"site {name!r}{layer_note}",
+                f"this model has no such site; it has {', '.join(s for s in SITES if s in shorts)}"
+                + (f" in layers 0 to {max(parse(f)[1] or 0 for f in available)}" if available else ""),
+                nearest(name, available if "hook_" in name else shorts),
+            )
+        wanted.update(hits)
+    return [full for full in available if full in wanted]
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Node:
+    """One scored component: a site, a layer, and where they apply a position, a head (kv head for k and v) or a neuron.
+
+    `pos` counts the real tokens of a prompt from 0; it is a span's name under named positions and `None` where all
+    positions are merged.
+    """
+
+    site: str
+    layer: int | None
+    pos: int | str | None = None
+    head: int | None = None
+    neuron: int | None = None
+
+    @property
+    def label(self) -> str:
+        """The name as figures show it: `L3H5 z`, `MLP 2`, `L2N17`, `L1 resid_pre`."""
+        if self.layer is None:
+            return self.site
+        if self.head is not None:
+            return f"L{self.layer}H{self.head} {self.site}"
+        if self.neuron is not None:
+            return f"L{self.layer}N{self.neuron}"
+        return f"MLP {self.layer}" if self.site == "mlp_out" else f"L{self.layer} {self.site}"
+
+    def __str__(self) -> str:
+        return self.label if self.pos is None else f"{self.label} @{self.pos}"

@@ -1,0 +1,128 @@
+"""Draw pairs from a grammar until `n` of them fit the model's own tokenizer.
+
+Every pair has a slot with its own factors (order, number, gender, ...), so that factors stay balanced whatever the
+tokenizer refuses. A slot is drawn again until a pair fits; what did not fit is counted by reason in `Task.skipped`.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from mechattr.errors import AlignmentError, EmptyTaskError, SettingError, UnknownNameError, nearest
+from mechattr.models.base import HookedModel
+from mechattr.tasks.align import Aligned, align
+from mechattr.tasks.build import build, metric_name
+from mechattr.tasks.metrics import Metric
+from mechattr.tasks.misfits import Misfit
+from mechattr.tasks.pairtext import PairText, Split
+from mechattr.tasks.task import Task
+
+ROUNDS = 60  # how often a slot is drawn before it counts as impossible
+REPEATED = "a pair that was drawn already"
+LEFT_OUT = "two-digit numbers that are not one token, left out of the answer sets"
+
+
+def draw_task(
+    name: str,
+    model: HookedModel,
+    draw: Callable[[random.Random, int], PairText],
+    *,
+    n: int,
+    settings: Mapping[str, Any],
+    metric: str | Metric,
+    citation: str,
+) -> Task:
+    """A task of `n` pairs, where `draw(rng, slot)` draws a candidate for each slot.
+
+    Raises:
+        SettingError: `n` is not a positive whole number, or the model has no tokenizer.
+        UnknownNameError: no such metric.
+        EmptyTaskError: no pair fits.
+        AlignmentError: fewer than `n` pairs fit.
+        AnswerError: the metric takes no sets, and the task has sets of answers.
+    """
+    check_count(n)
+    wanted = metric_name(metric)
+    rng = stream(name, settings)
+    kept: dict[int, Aligned] = {}
+    seen: set[tuple[str, str]] = set()
+    skipped: Counter[str] = Counter()
+    for _ in range(ROUNDS):
+        slots = [slot for slot in range(n) if slot not in kept]
+        if not slots:
+            break
+        fresh = {}
+        for slot in slots:
+            pair = draw(rng, slot)
+            if (pair.clean, pair.corrupt) in seen:
+                skipped[REPEATED] += 1
+            else:
+                seen.add((pair.clean, pair.corrupt))
+                fresh[slot] = pair
+        labels = [f"{name} pair {slot}" for slot in fresh]
+        fitted = align(model, list(fresh.values()), metric=wanted, labels=labels, partial_sets=True) if fresh else []
+        for slot, found in zip(fresh, fitted, strict=True):
+            if isinstance(found, Misfit):
+                skipped[found.reason] += 1
+            else:
+                kept[slot] = found
+    require_all(name, len(kept), n, skipped)
+    left_out = sum(pair.dropped for pair in kept.values())
+    return build(
+        name,
+        model,
+        [kept[slot] for slot in sorted(kept)],
+        metric=metric,
+        settings={"task": name, "n": n, **settings},
+        skipped={**skipped, LEFT_OUT: left_out} if left_out else skipped,
+        citation=citation,
+    )
+
+
+def stream(name: str, settings: Mapping[str, Any]) -> random.Random:
+    """The random numbers of one task: every seed and split has its own."""
+    return random.Random(f"{name}/{settings.get('split', '')}/{settings['seed']}")
+
+
+def require_all(name: str, found: int, n: int, skipped: Mapping[str, int]) -> None:
+    """Raise where fewer than `n` pairs could be made."""
+    if found == n:
+        return
+    reasons = "; ".join(f"{count} × {reason}" for reason, count in skipped.items()) or "nothing could be drawn"
+    if found == 0:
+        raise EmptyTaskError(
+            f"{n} pairs of task {name!r}",
+            f"none that this model's tokenizer allows: {reasons}",
+            "use another task or other options; tasks.resampled and tasks.induction make pairs for any tokenizer",
+        )
+    raise AlignmentError(
+        f"{n} pairs of task {name!r}", f"only {found} could be made: {reasons}", f"ask for n={found}, or fewer options"
+    )
+
+
+def check_count(n: int) -> None:
+    """Raise where `n` is not a positive whole number."""
+    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+        raise SettingError(f"n={n!r}", "not a positive whole number", "ask for at least one pair")
+
+
+def check_split(split: Split) -> Split:
+    """The split, if it is one."""
+    check_option("split", split, ("train", "test"))
+    return split
+
+
+def check_option(name: str, value: str | None, allowed: Sequence[str | None]) -> None:
+    """Raise where `value` is not one of the allowed ones."""
+    if value not in allowed:
+        names = [option for option in allowed if option is not None]
+        raise UnknownNameError(f"{name}={value!r}", "no such option", nearest(str(value), names))
+
+
+def check_index(name: str, value: int | None, size: int) -> None:
+    """Raise where `value` is neither None nor an index into `size` things."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < size):
+        raise SettingError(f"{name}={value!r}", f"there are {size}", f"use 0 to {size - 1}, or None")

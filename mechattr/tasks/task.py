@@ -1,0 +1,200 @@
+"""`Task`: aligned prompt pairs, their answers, a metric, and named places in the prompts."""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from mechattr.errors import AlignmentError, EmptyTaskError, SettingError, UnknownNameError, nearest
+from mechattr.models.base import Batch, HookedModel
+from mechattr.tasks.metrics import PADDING, Metric
+
+Span = tuple[int, int]
+PositionMode = Literal["aligned", "named", "all"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Task:
+    """Prompt pairs that are ready to run.
+
+    Attributes:
+        name: name of the generator, or "pairs".
+        clean: the clean prompts.
+        corrupt: the corrupt prompts; row i has as many tokens as row i of `clean`.
+        answers: token ids; one axis where every pair has one answer, else padded with -1 to the longest.
+        foils: the same for what the answers are compared with; None where the metric needs none.
+        metric: one number a row from the logits.
+        spans: for each pair, name -> (first position, one past the last). "END" is the last token of the prompt.
+        settings: how the task was made.
+        skipped: reason -> number of drawn pairs that could not be used with this tokenizer.
+        citation: where the task comes from.
+        factors: for each pair, what was drawn (template, order, construction, ...).
+    """
+
+    name: str
+    clean: Batch
+    corrupt: Batch
+    answers: Int[Tensor, "pair ..."]
+    foils: Int[Tensor, "pair ..."] | None
+    metric: Metric
+    spans: tuple[Mapping[str, Span], ...]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    skipped: Mapping[str, int] = field(default_factory=dict)
+    citation: str = ""
+    factors: tuple[Mapping[str, Any], ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.clean)
+
+    @property
+    def aligned(self) -> bool:
+        """Whether a position means the same in every pair: equal token lengths, and one template where it is known."""
+        templates = {factors.get("template") for factors in self.factors}
+        return len(set(self.clean.lengths.tolist())) == 1 and len(templates) <= 1
+
+    def rows(self, index: Tensor | Sequence[int]) -> Task:
+        """The pairs `index`, in that order. Rows keep their `example` number, so the metric stays right.
+
+        Raises:
+            EmptyTaskError: `index` is empty.
+        """
+        chosen = torch.as_tensor(index, dtype=torch.long).tolist()
+        if not chosen:
+            raise EmptyTaskError("a part of a task", "no pair index", "choose at least one pair")
+        return replace(
+            self,
+            clean=self.clean.rows(chosen),
+            corrupt=self.corrupt.rows(chosen),
+            answers=self.answers[chosen],
+            foils=None if self.foils is None else self.foils[chosen],
+            spans=tuple(self.spans[i] for i in chosen),
+            factors=tuple(self.factors[i] for i in chosen) if self.factors else (),
+        )
+
+    def positions(self, mode: PositionMode) -> dict[str, tuple[Span, ...]]:
+        """Places that are comparable across pairs: label -> for each pair (first position, one past the last).
+
+        Args:
+            mode: "aligned": every position is a place; "named": the spans that all pairs have; "all": one place, the
+                whole prompt.
+
+        Raises:
+            AlignmentError: the pairs do not align, or have no span in common.
+            UnknownNameError: another mode.
+        """
+        if mode == "all":
+            return {"all": tuple((0, int(length)) for length in self.clean.lengths)}
+        if mode == "named":
+            shared = [name for name in self.spans[0] if all(name in spans for spans in self.spans)]
+            if not shared:
+                raise AlignmentError(
+                    "positions='named'",
+                    f"no span name that all {len(self)} pairs of task {self.name!r} have",
+                    "use positions='all', or give every pair the same span names",
+                )
+            return {name: tuple(spans[name] for spans in self.spans) for name in shared}
+        if mode != "aligned":
+            raise UnknownNameError("positions", repr(mode), nearest(str(mode), ("aligned", "named", "all")))
+        if not self.aligned:
+            lengths = self.clean.lengths
+            raise AlignmentError(
+                f"a table by position over the {len(self)} pairs of task {self.name!r}",
+                f"prompts of {int(lengths.min())} to {int(lengths.max())} tokens, of "
+                f"{max(1, len({factors.get('template') for factors in self.factors}))} template(s)",
+                "use positions='named' (the task's spans) or positions='all', or make the task from one template",
+            )
+        return {str(i): ((i, i + 1),) * len(self) for i in range(int(self.clean.lengths[0]))}
+
+    def sample(self, pair: int = 0) -> tuple[list[tuple[str, bool]], list[tuple[str, bool]]]:
+        """One pair for reading: for the clean and the corrupt prompt, (token text, whether it differs)."""
+        clean, corrupt = (batch.tokens[pair][batch.mask[pair]] for batch in (self.clean, self.corrupt))
+        differs = (clean != corrupt).tolist()
+        return (
+            list(zip(_strings(self.clean, pair), differs, strict=True)),
+            list(zip(_strings(self.corrupt, pair), differs, strict=True)),
+        )
+
+    def hash(self) -> str:
+        """sha256 of tokens, answers, foils, metric and spans: what a stored result belongs to."""
+        document = {
+            "clean": [row[real].tolist() for row, real in zip(self.clean.tokens, self.clean.mask, strict=True)],
+            "corrupt": [row[real].tolist() for row, real in zip(self.corrupt.tokens, self.corrupt.mask, strict=True)],
+            "answers": self.answers.tolist(),
+            "foils": None if self.foils is None else self.foils.tolist(),
+            "metric": self.metric.name,
+            "spans": [dict(spans) for spans in self.spans],
+        }
+        return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+
+    def __repr__(self) -> str:
+        skipped = f", skipped {sum(self.skipped.values())}" if self.skipped else ""
+        return f"Task({self.name!r}, {len(self)} pairs, {self.metric.name}{skipped})"
+
+    def _repr_html_(self) -> str:
+        skipped = "; ".join(f"{count} × {reason}" for reason, count in self.skipped.items()) or "none"
+        clean, corrupt = (_coloured(side) for side in self.sample())
+        lengths = self.clean.lengths
+        rows = {
+            "pairs": str(len(self)),
+            "tokens": f"{int(lengths.min())} to {int(lengths.max())}",
+            "metric": html.escape(f"{self.metric.name} ({self.metric.unit})"),
+            "skipped": html.escape(skipped),
+            "clean": clean,
+            "corrupt": corrupt,
+            "source": html.escape(self.citation),
+        }
+        cells = "".join(
+            f"<tr><th>{name}</th><td style='text-align:left'>{text}</td></tr>" for name, text in rows.items()
+        )
+        return f"<table><caption>Task {html.escape(self.name)}</caption>{cells}</table>"
+
+
+def accuracy(model: HookedModel, task: Task, *, batch_size: int = 64) -> float:
+    """Share of pairs whose metric is positive on the clean prompt.
+
+    Cost: one forward pass a pair.
+
+    Raises:
+        SettingError: the metric has no foil to compare with, so that its sign decides nothing.
+    """
+    if not task.metric.contrast:
+        raise SettingError(
+            "accuracy",
+            f"metric {task.metric.name!r}, whose sign does not say whether an answer is right",
+            "make the task with metric='logit_difference' or metric='probability_difference'",
+        )
+    right = 0
+    for start in range(0, len(task), batch_size):
+        batch = task.clean.rows(range(start, min(start + batch_size, len(task))))
+        right += int((task.metric(model.run(batch).logits, batch) > 0).sum())
+    return right / len(task)
+
+
+def padded_ids(rows: Sequence[Sequence[int]]) -> Int[Tensor, "pair ..."]:
+    """Token ids of every pair as one tensor: one axis where each has one, else padded on the right with -1."""
+    width = max(len(row) for row in rows)
+    if width == 1:
+        return torch.tensor([row[0] for row in rows])
+    return torch.tensor([[*row, *[PADDING] * (width - len(row))] for row in rows])
+
+
+def _strings(batch: Batch, row: int) -> Sequence[str]:
+    return (
+        batch.strings[row] if batch.strings else [str(token) for token in batch.tokens[row][batch.mask[row]].tolist()]
+    )
+
+
+def _coloured(tokens: list[tuple[str, bool]]) -> str:
+    return "".join(
+        f"<span style='padding:0 2px;white-space:pre;background:{'#ffd48a' if differs else '#eeeeee'}'>"
+        f"{html.escape(text)}</span> "
+        for text, differs in tokens
+    )
