@@ -292,8 +292,8 @@ class Attribution(Artifact):
             words = name == "site" or any(isinstance(value, str) for value in column)
             columns[name] = pd.Series(column, dtype=object if words else "Int64")
         contribution = self.contribution if "direction" in self.settings else {}
+        blank = {site: score * float("nan") for site, score in self.scores.items()}
         for name, values in (("score", self.scores), ("signed", self.signed), ("contribution", contribution)):
-            blank = {site: score * float("nan") for site, score in self.scores.items()}
             columns[name] = pd.Series(node_vector({**blank, **values})[places].numpy())
         return pd.DataFrame(columns)
 

@@ -10,7 +10,7 @@ import html
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Never
+from typing import TYPE_CHECKING, Any, Never, cast
 
 import numpy as np
 import torch
@@ -129,8 +129,8 @@ class Labelled:
                 start, stop = places_between(selector, coords, axis)
                 values, kept = values.narrow(dim, start, stop - start), coords[start:stop]
                 explicit[axis] = tuple(kept)
-            elif not isinstance(selector, str) and (isinstance(selector, Sequence) or getattr(selector, "ndim", 0)):
-                places = [place_of(value, coords, axis) for value in selector]
+            elif not isinstance(selector, str) and (isinstance(selector, Sequence) or getattr(selector, "ndim", False)):
+                places = [place_of(value, coords, axis) for value in cast(Coordinates, selector)]
                 values = values.index_select(dim, torch.tensor(places, dtype=torch.long, device=values.device))
                 explicit[axis] = tuple(coords[place] for place in places)
             else:

@@ -25,7 +25,9 @@ from mechattr.provenance import JSON, json_value
 
 def checksum(values: Shaped[Tensor, "*dims"]) -> str:
     """The sha256 of a tensor's bytes in row-major order."""
-    flat = values.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    row_major = values.detach().cpu().contiguous()
+    # as_strided: contiguous() leaves odd strides on axes of size 0 and 1, over which view() refuses to change the dtype
+    flat = row_major.as_strided((row_major.numel(),), (1,)).view(torch.uint8)
     return hashlib.sha256(flat.numpy().data).hexdigest()
 
 

@@ -40,7 +40,7 @@ MIXED: Shares = {"spans": 0.15, "tasks": 0.30, "passage": 0.35, "around_word": 0
 RUNS: dict[str, tuple[Phase, ...]] = {
     "main": (
         Phase(steps=100, rows=16, length=64, rate=(0.0, 8e-3), kinds={"spans": 1.0}, span=(6, 21)),
-        Phase(steps=1700, rows=16, length=64, rate=(8e-3, 8e-3), kinds={"spans": 1.0}, span=(6, 21)),
+        Phase(steps=3900, rows=16, length=64, rate=(8e-3, 8e-3), kinds={"spans": 1.0}, span=(6, 21)),
         Phase(steps=12000, rows=16, length=128, rate=(8e-3, 6e-3), kinds=MIXED),
         Phase(steps=6000, rows=32, length=128, rate=(6e-3, 0.0), kinds=MIXED),
     ),

@@ -85,7 +85,14 @@ def head_map(
         for block, left in ((grid, 0.0), (beside, where)):
             if block.shape[1]:
                 extent = (left - 0.5, left + block.shape[1] - 0.5, n_layers - 0.5, -0.5)
-                ax.imshow(np.ma.masked_invalid(block), cmap=cmap, norm=norm, extent=extent, aspect="auto", interpolation="nearest")
+                ax.imshow(
+                    np.ma.masked_invalid(block),
+                    cmap=cmap,
+                    norm=norm,
+                    extent=extent,
+                    aspect="auto",
+                    interpolation="nearest",
+                )
                 _frame(ax, left - 0.5, -0.5, block.shape[1], n_layers)
         right = where + 0.5 if mlps is not None else n_heads - 0.5
         ax.set(xlim=(-0.5, right), ylim=(n_layers - 0.5, -0.5), xlabel=column, ylabel="layer")
@@ -133,25 +140,29 @@ def position_map(
     shapes = {grid.shape for grid in grids.values()}
     if len(shapes) != 1 or next(iter(shapes))[1:] != (len(tokens),):
         found = ", ".join(f"{name} {grid.shape}" for name, grid in grids.items()) + f", {len(tokens)} tokens"
-        raise SettingError("layer x position maps", found, "give each panel as [layer, position] with one token a position")
+        raise SettingError(
+            "layer x position maps", found, "give each panel as [layer, position] with one token a position"
+        )
     n_layers, n_columns = next(iter(shapes))
     bounds = limits(*grids.values())
     cmap, norm = colours(bounds.bound, signed=signed)
     stacked = n_columns > 12
-    cell = min(max((8.2 if stacked else 7.6 / len(grids)) / n_columns, 0.03), 0.5 if stacked else 0.42)
+    cell = min(max((6.9 if stacked else 7.0 / len(grids)) / n_columns, 0.03), 0.5 if stacked else 0.42)
     rows = _span_rows(spans or {}, cell * 72)
     lines = max(rows.values(), default=-1) + 1
     width, height = max(n_columns * cell, 1.4), max(n_layers * min(max(2.2 / n_layers, 0.1), 0.26), 0.9)
     shown = [spell(token, longest=14) for token in tokens]
     ticks = list(range(0, n_columns, math.ceil(n_columns / MAX_TICKS)))
-    upright = max(len(shown[i]) for i in ticks) * 0.65 * TICK_POINTS > cell * 72 * (ticks[1] if len(ticks) > 1 else 1)
+    upright = max(len(shown[i]) for i in ticks) * 0.6 * TICK_POINTS > cell * 72 * (ticks[1] if len(ticks) > 1 else 1)
     below = 0.3 + (max(len(shown[i]) for i in ticks) * 0.085 if upright else 0.15)
     with style():
         if stacked:
-            figure = new_figure(width + 1.9, len(grids) * (height + 0.32) + below + 0.2 * lines + (0.3 if title else 0))
+            figure = new_figure(width + 1.4, len(grids) * (height + 0.32) + below + 0.2 * lines + (0.3 if title else 0))
             axes = list(np.atleast_1d(figure.subplots(len(grids), 1, sharex=True)))
         else:
-            figure = new_figure(len(grids) * (width + 0.2) + 1.7, height + below + 0.55 + 0.2 * lines + (0.3 if title else 0))
+            figure = new_figure(
+                len(grids) * (width + 0.2) + 1.7, height + below + 0.55 + 0.2 * lines + (0.3 if title else 0)
+            )
             axes = list(np.atleast_1d(figure.subplots(1, len(grids), sharey=True)))
         if title:
             figure.suptitle(title, fontsize=LABEL_POINTS)
@@ -201,11 +212,22 @@ def _outline(ax: Axes, cells: list[tuple[float, int, float, str]], ink: object) 
     widest = max((len(name) for *_, name in cells), default=0) * 0.62 * SMALL_POINTS
     fits = widest <= cell_width and cell_height >= SMALL_POINTS + 2
     for value, row, middle, name in cells:
-        box = Rectangle((middle - 0.5, row - 0.5), 1, 1, fill=False, edgecolor=INK, linewidth=1.2, clip_on=False, zorder=3)
+        box = Rectangle(
+            (middle - 0.5, row - 0.5), 1, 1, fill=False, edgecolor=INK, linewidth=1.2, clip_on=False, zorder=3
+        )
         box.set_gid("outlined")
         ax.add_patch(box)
         if fits:
-            ax.text(middle, row, name, ha="center", va="center", fontsize=SMALL_POINTS, color=ink(value), gid="outlined-name")  # type: ignore[operator]
+            ax.text(
+                middle,
+                row,
+                name,
+                ha="center",
+                va="center",
+                fontsize=SMALL_POINTS,
+                color=ink(value),
+                gid="outlined-name",
+            )  # type: ignore[operator]
     if not fits:
         points = [(middle, float(row)) for _, row, middle, _ in cells]
         for note in place(ax, points, [name for *_, name in cells], radius=min(cell_width, cell_height) / 2):
@@ -234,6 +256,14 @@ def _brackets(ax: Axes, spans: Mapping[str, tuple[int, int]], rows: Mapping[str,
         start, end = spans[name]
         up = ScaledTranslation(0, (3 + 13 * row) / 72, ax.figure.dpi_scale_trans)  # type: ignore[union-attr]
         base = ax.get_xaxis_transform() + up
-        ax.plot([start - 0.4, end - 0.6], [1, 1], transform=base, color=INK, linewidth=1.4, clip_on=False, solid_capstyle="butt")
+        ax.plot(
+            [start - 0.4, end - 0.6],
+            [1, 1],
+            transform=base,
+            color=INK,
+            linewidth=1.4,
+            clip_on=False,
+            solid_capstyle="butt",
+        )
         text = ax.text((start + end - 1) / 2, 1, name, transform=base, ha="center", va="bottom", fontsize=TICK_POINTS)
         text.set_gid("span")

@@ -28,7 +28,14 @@ def overlap(one: Bbox, other: Bbox) -> float:
 
 
 def place(
-    ax: Axes, points: Sequence[tuple[float, float]], texts: Sequence[str], *, size: float = SMALL_POINTS, radius: float = 3.0, keep_free: Sequence[Artist] = ()
+    ax: Axes,
+    points: Sequence[tuple[float, float]],
+    texts: Sequence[str],
+    *,
+    size: float = SMALL_POINTS,
+    radius: float = 3.0,
+    others: np.ndarray | None = None,
+    keep_free: Sequence[Artist] = (),
 ) -> list[Annotation]:
     """Writes each text near its point, first come first served, where it covers no other label, no point and no edge of the axes.
 
@@ -41,6 +48,7 @@ def place(
         texts: one a point, most important first.
         size: font size in points.
         radius: radius of the drawn markers in points, kept free of text.
+        others: [n, 2], data coordinates of markers that get no label and are not covered either.
         keep_free: texts and legends that are not covered either.
 
     Returns:
@@ -52,11 +60,15 @@ def place(
     per_point = ax.figure.dpi / 72.0
     inside = ax.get_window_extent()
     centres = ax.transData.transform(np.asarray(points, dtype=float).reshape(-1, 2))
-    taken = [Bbox.from_extents(x - r, y - r, x + r, y + r) for x, y in centres for r in (radius * per_point,)]
+    unnamed = np.zeros((0, 2)) if others is None else ax.transData.transform(others)
+    reach = radius * per_point
+    taken = [Bbox.from_extents(x - reach, y - reach, x + reach, y + reach) for x, y in (*centres, *unnamed)]
     taken += [artist.get_window_extent() for artist in keep_free]
     written = []
     for (x, y), point, text in zip(centres, points, texts, strict=True):
-        note = ax.annotate(text, point, (0, 0), textcoords="offset points", fontsize=size, color=INK, ha="center", va="center")
+        note = ax.annotate(
+            text, point, (0, 0), textcoords="offset points", fontsize=size, color=INK, ha="center", va="center"
+        )
         note.set_in_layout(False)
         extent = note.get_window_extent()
         half_width, half_height = extent.width / 2 + 1.0, extent.height / 2 + 1.0
@@ -66,7 +78,9 @@ def place(
                 # the ring is the gap between the point and the nearest edge of the text, not its centre
                 dx = math.cos(angle) * (ring * per_point + half_width) if abs(math.cos(angle)) > 0.1 else 0.0
                 dy = math.sin(angle) * (ring * per_point + half_height)
-                box = Bbox.from_extents(x + dx - half_width, y + dy - half_height, x + dx + half_width, y + dy + half_height)
+                box = Bbox.from_extents(
+                    x + dx - half_width, y + dy - half_height, x + dx + half_width, y + dy + half_height
+                )
                 outside = box.width * box.height - overlap(box, inside)
                 cost = sum(overlap(box, other) for other in taken) + 4.0 * outside
                 if best is None or cost < best[0]:

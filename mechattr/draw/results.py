@@ -37,7 +37,9 @@ def attribution(result: Attribution, ax: Axes | None = None) -> Axes:
     """
     scores = {site: values for site, values in result.scores.items() if "layer" in values.axes}
     if not scores:
-        raise SettingError("a plot by layer", f"scores of {sorted(result.scores) or 'no site'}", "plot a result with a layer axis")
+        raise SettingError(
+            "a plot by layer", f"scores of {sorted(result.scores) or 'no site'}", "plot a result with a layer axis"
+        )
     heads = next((site for site in HEAD_SITES if site in scores), None)
     mlp = next((site for site in MLP_SITES if site in scores), None) if heads else None
     shown = [scores[site] for site in (heads, mlp) if site] if heads else list(scores.values())

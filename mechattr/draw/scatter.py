@@ -22,15 +22,21 @@ GROUP_MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
 def spearman(estimate: Values, exact: Values) -> float:
-    """Spearman's rank correlation over the pairs in which both values are finite; NaN below 3 pairs or without variation."""
-    from scipy.stats import spearmanr
+    """Spearman's rank correlation over the pairs in which both values are finite; NaN below 3 pairs or without variation.
 
+    The correlation of the ranks, where equal values share the mean of their ranks.
+    """
     x, y = array(estimate).ravel(), array(exact).ravel()
     both = np.isfinite(x) & np.isfinite(y)
-    x, y = x[both], y[both]
+    x, y = _ranks(x[both]), _ranks(y[both])
     if x.size < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return math.nan
-    return float(spearmanr(x, y).statistic)
+    return float(np.corrcoef(x, y)[0, 1])
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[place]
 
 
 def scatter(
@@ -46,7 +52,7 @@ def scatter(
 ) -> Axes:
     """Is the estimate right? Estimate (x) against exact effect (y) on symmetric log axes, with the diagonal.
 
-    The axes are linear within a hundredth of the largest value. Spearman's correlation stands in the corner, and the points
+    The axes are linear around 0, up to a power of ten below most of the values. Spearman's correlation stands in the corner, and the points
     with the largest |estimate - exact| are labelled. Pairs with a value that is not finite are left out.
 
     Args:
@@ -75,7 +81,7 @@ def scatter(
         if ax is None:
             ax = new_figure(5.2, 5.0).add_subplot()
         bound = float(max(np.abs(x[both]).max(initial=0.0), np.abs(y[both]).max(initial=0.0))) or 1.0
-        decade = 10.0 ** math.floor(math.log10(bound / 100.0))
+        decade = _linear_until(np.abs(np.concatenate([x[both], y[both]])), bound)
         for name, setter in (("x", ax.set_xlim), ("y", ax.set_ylim)):
             getattr(ax, f"set_{name}scale")("symlog", linthresh=decade, linscale=0.6)
             setter(-1.6 * bound, 1.6 * bound)
@@ -97,13 +103,25 @@ def scatter(
         corner = f"Spearman {rho:.3f}" if math.isfinite(rho) else "Spearman: too few points"
         summary = ax.text(0.03, 0.97, f"{corner}\nn = {both.sum()}", transform=ax.transAxes, va="top")
         summary.set_gid("spearman")
-        legend = [ax.legend(loc="lower right", frameon=False, handletextpad=0.2, borderaxespad=0.2)] if any(kinds) else []
+        legend = (
+            [ax.legend(loc="lower right", frameon=False, handletextpad=0.2, borderaxespad=0.2)] if any(kinds) else []
+        )
         gap = np.where(both, np.abs(x - y), -1.0)
         worst = [int(i) for i in np.argsort(-gap, kind="stable")[:n_labels] if gap[i] > 0]
-        for note in place(ax, [(x[i], y[i]) for i in worst], [names[i] for i in worst], keep_free=[summary, *legend]):
+        points, rest = np.stack([x, y], axis=1), both.copy()
+        rest[worst] = False
+        free = [summary, *legend]
+        for note in place(ax, points[worst].tolist(), [names[i] for i in worst], others=points[rest], keep_free=free):
             note.set_gid("worst")
             note.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8})
     return ax
+
+
+def _linear_until(magnitudes: np.ndarray, bound: float) -> float:
+    """The power of ten below the smallest tenth of the values, within three decades of the largest."""
+    values = magnitudes[magnitudes > 0]
+    low = float(np.percentile(values, 10)) if values.size else bound
+    return 10.0 ** math.floor(math.log10(min(max(low, bound / 1000), bound / 3)))
 
 
 def _ticks(ax: Axes, name: str, bound: float, decade: float) -> None:

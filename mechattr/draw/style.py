@@ -29,9 +29,7 @@ UNMEASURED = "#d9d9d9"
 INK = "#222222"
 # The end and mid colours of ColorBrewer's RdBu and Blues, with a middle (or start) that is exactly white: matplotlib's own
 # maps are a light grey there, which makes "no effect" look like something.
-RED_BLUE = (
-    "#67001f #b2182b #d6604d #f4a582 #fddbc7 #ffffff #d1e5f0 #92c5de #4393c3 #2166ac #053061".split()
-)
+RED_BLUE = "#67001f #b2182b #d6604d #f4a582 #fddbc7 #ffffff #d1e5f0 #92c5de #4393c3 #2166ac #053061".split()
 BLUES = "#ffffff #deebf7 #c6dbef #9ecae1 #6baed6 #4292c6 #2171b5 #08519c #08306b".split()
 SPAN_TINTS = ("#fde9b8", "#cfe8cf", "#e3d6f0", "#cfe5f5", "#f9d5d5", "#e6e2c8", "#d5efe9", "#eedbe8")
 
@@ -139,7 +137,9 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def colour_bar(axes: list[Axes], cmap: Colormap, norm: Normalize, label: str, bounds: Limits, *, gaps: bool) -> Colorbar:
+def colour_bar(
+    axes: list[Axes], cmap: Colormap, norm: Normalize, label: str, bounds: Limits, *, gaps: bool
+) -> Colorbar:
     """One slim colour bar beside all axes, with its unit, and arrows and a note where values are clipped.
 
     Args:

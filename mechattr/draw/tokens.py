@@ -58,7 +58,9 @@ def tokens_html(
     """
     numbers = array(values).ravel() if values is not None else None
     if numbers is not None and numbers.size != len(tokens):
-        raise SettingError("tokens with values", f"{len(tokens)} tokens and {numbers.size} values", "give one value a token")
+        raise SettingError(
+            "tokens with values", f"{len(tokens)} tokens and {numbers.size} values", "give one value a token"
+        )
     names = list(spans or {})
     cmap, norm = colours(bound or (limits(numbers).bound if numbers is not None else 1.0), signed=True)
     boxes = []
@@ -71,7 +73,11 @@ def tokens_html(
             hover.append(f"{numbers[position]:+.4g} {unit}".strip())
         elif numbers is None and inside:
             ground = SPAN_TINTS[names.index(inside[-1]) % len(SPAN_TINTS)]
-        mark = "border-bottom:3px solid #b2182b;font-weight:bold;" if position in differs else "border-bottom:3px solid transparent;"
+        mark = (
+            "border-bottom:3px solid #b2182b;font-weight:bold;"
+            if position in differs
+            else "border-bottom:3px solid transparent;"
+        )
         if position in differs:
             hover.append("differs")
         boxes.append(
@@ -79,7 +85,7 @@ def tokens_html(
             f'background:{ground};color:{ink};{mark}">{html.escape(spell(token))}</span>'
         )
     return (
-        '<div style="font-family:\'DejaVu Sans Mono\',Consolas,monospace;font-size:13px;line-height:1.9;background:#ffffff;color:#222222">'
+        "<div style=\"font-family:'DejaVu Sans Mono',Consolas,monospace;font-size:13px;line-height:1.9;background:#ffffff;color:#222222\">"
         + "".join(boxes)
         + "</div>"
     )

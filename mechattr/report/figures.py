@@ -10,6 +10,7 @@ import numpy as np
 from mechattr import draw
 from mechattr.artifact import Attribution
 from mechattr.report.results import Results
+from mechattr.sites import SITES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,7 +43,12 @@ def save(results: Results, folder: Path) -> dict[str, Path]:
 def head_map(results: Results) -> Figure:
     """Exact contribution of whole heads and MLPs, all positions replaced together."""
     effects = _by_name(results.whole_exact)
-    ax = draw.head_map(effects["z"], effects["mlp_out"], label=f"contribution [{results.unit}]", title="Exact effect of whole heads and MLPs")
+    ax = draw.head_map(
+        effects["z"],
+        effects["mlp_out"],
+        label=f"contribution [{results.unit}]",
+        title="Exact effect of whole heads and MLPs",
+    )
     return ax.figure  # type: ignore[return-value]
 
 
@@ -64,10 +70,10 @@ def position_map(results: Results) -> Figure:
 
 def agreement(results: Results) -> Figure:
     """Estimate against exact over every whole head and MLP."""
-    nodes = results.whole_exact.nodes()
+    nodes = sorted(results.whole_exact.nodes(), key=lambda node: WHOLE.index(node.site))
     ax = draw.scatter(
-        [results.whole_attribution.value(node, "signed") for node in nodes],
-        [results.whole_exact.value(node, "signed") for node in nodes],
+        [results.whole_attribution.value(node, "contribution") for node in nodes],
+        [results.whole_exact.value(node, "contribution") for node in nodes],
         [node.label.removesuffix(" z") for node in nodes],
         groups=["head" if node.site == "z" else "MLP" for node in nodes],
         unit=results.unit,
@@ -78,10 +84,11 @@ def agreement(results: Results) -> Figure:
 
 def agreement_top(results: Results) -> Figure:
     """Estimate against exact over the verified components."""
-    nodes = results.verified
+    order = list(SITES)
+    nodes = sorted(results.verified, key=lambda node: order.index(node.site))
     ax = draw.scatter(
-        [results.scored.value(node, "signed") for node in nodes],
-        [results.exact.value(node, "signed") for node in nodes],
+        [results.scored.value(node, "contribution") for node in nodes],
+        [results.exact.value(node, "contribution") for node in nodes],
         [str(node) for node in nodes],
         groups=[node.site for node in nodes],
         unit=results.unit,

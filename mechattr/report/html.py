@@ -30,8 +30,9 @@ table.sortable th[aria-sort="ascending"]::after { content: " ▴"; }
 .text { text-align: left; } .number { text-align: right; font-variant-numeric: tabular-nums; } .site { color: #555555; }
 table.facts th { text-align: left; vertical-align: top; background: none; font-weight: normal; color: #555555; padding-left: 0; }
 table.facts td { white-space: normal; overflow-wrap: anywhere; }
-.bar { position: relative; display: inline-block; width: 110px; } .bar i { position: absolute; top: 1px; bottom: 1px; } .bar span { position: relative; }
-.pair { margin: 10px 0; overflow-wrap: anywhere; } .pair b { font-size: 13px; color: #555555; font-weight: normal; }
+.bar { position: relative; display: inline-block; width: 72px; height: 12px; margin-left: 8px; vertical-align: -1px; background: #f4f4f4; }
+.bar i { position: absolute; top: 0; bottom: 0; } .up { background: #4393c3; } .down { background: #d6604d; }
+.pair { font-size: 13px; margin: 10px 0; overflow-wrap: anywhere; } .pair b { font-size: 13px; color: #555555; font-weight: normal; }
 code, pre { font: 13px/1.45 "DejaVu Sans Mono", Consolas, monospace; background: #f4f4f4; border-radius: 3px; } code { padding: 1px 4px; }
 pre { padding: 10px 12px; white-space: pre-wrap; overflow-wrap: anywhere; } a { color: #2166ac; }
 @media print { main { max-width: none; padding: 0; } figure, tr { break-inside: avoid; } .scroll { overflow: visible; } table { font-size: 10px; }
@@ -84,7 +85,7 @@ def page(results: Results, figures: Mapping[str, Path]) -> str:
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>{STYLE}</style></head><body><main>"
         f"<h1>Which components cause {escape(title)}?</h1>"
-        f'<p class="note">{task["n_pairs"]} prompt pairs · {escape(key["direction"])} · {escape(_words(task["metric"]))}</p>'
+        f'<p class="note">{task["n_pairs"]} prompt pairs · {escape(key["direction"])} · {escape(summary.words(task["metric"]))}</p>'
         f'<h2>1. The answer</h2><p class="answer">{escape(summary.sentence(results))}</p>'
         '<p class="note">Each component was replaced alone. Effects do not add up: components that back each other up, or that feed each '
         "other, share what they do, so that shares may sum to more or less than 100 %.</p>"
@@ -105,11 +106,15 @@ def _asked(results: Results) -> str:
     facts = {
         "model": f"{escape(key['model'])} ({results.record['model']['n_layers']} layers × {results.record['model']['n_heads']} heads)",
         "task": f"{escape(key['task'])}: {task['n_pairs']} pairs of {low if low == high else f'{low} to {high}'} tokens",
-        "metric": f"{escape(_words(task['metric']))} [{unit}]: {clean:.3f} on the clean prompts, {corrupt:.3f} on the corrupt ones".replace("-", "−"),
-        "direction": f"{escape(key['direction'])}: {meaning}",
-        "positions": {"each": "each token by itself", "named": "named spans", "all": "all positions replaced together"}.get(
-            str(key["positions"]), escape(str(key["positions"]))
+        "metric": f"{escape(summary.words(task['metric']))} [{unit}]: {clean:.3f} on the clean prompts, {corrupt:.3f} on the corrupt ones".replace(
+            "-", "−"
         ),
+        "direction": f"{escape(key['direction'])}: {meaning}",
+        "positions": {
+            "each": "each token by itself",
+            "named": "named spans",
+            "all": "all positions replaced together",
+        }.get(str(key["positions"]), escape(str(key["positions"]))),
         "skipped": escape("; ".join(f"{count} × {reason}" for reason, count in task["skipped"].items())) or "no pair",
     }
     if results.accuracy is not None:
@@ -124,7 +129,8 @@ def _sample(sample: Mapping[str, Any], number: int) -> str:
     answers = ", ".join(f"<code>{escape(draw.spell(text))}</code>" for text in sample["answers"])
     foils = ", ".join(f"<code>{escape(draw.spell(text))}</code>" for text in sample["foils"])
     lines = "".join(
-        f"<b>{side}</b>{draw.tokens_html(sample[side], differs=sample['differs'], spans=spans)}" for side in ("clean", "corrupt")
+        f"<b>{side}</b>{draw.tokens_html(sample[side], differs=sample['differs'], spans=spans)}"
+        for side in ("clean", "corrupt")
     )
     against = f" against {foils}" if foils else ""
     return f'<div class="pair"><b>Pair {number}, answer</b> {answers}{against}<br>{lines}</div>'
@@ -157,7 +163,7 @@ def _components(results: Results) -> str:
         f'<a download="table.csv" href="data:text/csv;base64,{data}">Download as CSV</a></p>'
         f'<div class="scroll">{html_table(results)}</div>'
         f'<p class="note">Share: |exact effect| / |clean − corrupt metric| ({results.gap:.3g} {escape(results.unit)}). '
-        "Click a column's head to sort.</p>"
+        "Estimates and exact effects are contributions, positive where the component helps the answer. Click a column's head to sort.</p>"
     )
 
 
@@ -166,7 +172,10 @@ def _evidence(results: Results, figures: Mapping[str, Path]) -> str:
         _figure(figures[name], "Scatter of estimate against exact effect", caption)
         for name, caption in (
             ("agreement", "Every head and MLP as a whole, the strong and the weak: is the ranking by estimate right?"),
-            ("agreement_top", "The components of the table: chosen for large estimates, so over-estimates are over-represented."),
+            (
+                "agreement_top",
+                "The components of the table: chosen for large estimates, so over-estimates are over-represented.",
+            ),
         )
     )
     return f'<p>{escape(summary.agreement(results))}</p><div class="row">{pictures}</div>{_cost(results)}'
@@ -185,7 +194,9 @@ def _cost(results: Results) -> str:
     measured = results.exact.passes.forward
     rate = seconds["exact"] / measured if seconds.get("exact") and measured else None
     exhaustive = results.exhaustive_passes
-    lines += _cost_row("exact sweep over all components (not run)", exhaustive, 0.0, rate * exhaustive if rate else None, about="≈ ")
+    lines += _cost_row(
+        "exact sweep over all components (not run)", exhaustive, 0.0, rate * exhaustive if rate else None, about="≈ "
+    )
     return (
         '<table><thead><tr><th class="text">step</th><th class="number">forward passes</th><th class="number">backward passes</th>'
         f'<th class="number">seconds</th></tr></thead><tbody>{lines}</tbody></table>'
@@ -196,7 +207,7 @@ def _cost(results: Results) -> str:
 
 
 def _cost_row(name: str, forward: float, backward: float, seconds: float | None, about: str = "") -> str:
-    took = "–" if seconds is None else f"{about}{seconds:,.1f}"
+    took = "–" if seconds is None else f"{about}{seconds:,.{0 if seconds >= 100 else 1}f}"
     return (
         f'<tr><td class="text">{escape(name)}</td><td class="number">{about}{forward:,.0f}</td><td class="number">{backward:,.0f}</td>'
         f'<td class="number">{took}</td></tr>'
@@ -212,15 +223,24 @@ def _provenance(results: Results) -> str:
         "pairs": f"<code>{escape(results.key['task_hash'])}</code>",
         "dtype": escape(str(results.key["dtype"])),
         "seed": escape(str(results.key["seed"])),
-        "versions": escape(", ".join(f"{name} {version}" for name, version in versions.items())) if isinstance(versions, dict) else "",
+        "versions": escape(", ".join(f"{name} {version}" for name, version in versions.items()))
+        if isinstance(versions, dict)
+        else "",
         "task from": escape(str(results.record["task"]["citation"])),
         "files": ", ".join(f"<code>{name}</code>" for name in ARTIFACTS.values()),
     }
-    return _facts({name: text for name, text in facts.items() if text}) + f"<p>To make it again:</p><pre>{escape(results.record['command'])}</pre>"
+    return (
+        _facts({name: text for name, text in facts.items() if text})
+        + f"<p>To make it again:</p><pre>{escape(results.record['command'])}</pre>"
+    )
 
 
 def _facts(facts: Mapping[str, str]) -> str:
-    return '<table class="facts">' + "".join(f"<tr><th>{name}</th><td>{text}</td></tr>" for name, text in facts.items()) + "</table>"
+    return (
+        '<table class="facts">'
+        + "".join(f"<tr><th>{name}</th><td>{text}</td></tr>" for name, text in facts.items())
+        + "</table>"
+    )
 
 
 def _figure(path: Path, alt: str, caption: str) -> str:
@@ -228,7 +248,3 @@ def _figure(path: Path, alt: str, caption: str) -> str:
     data = base64.b64encode(path.read_bytes()).decode()
     shown = round(width * 96 / draw.DPI)
     return f'<figure><img alt="{escape(alt)}" width="{shown}" src="data:image/png;base64,{data}"><figcaption>{escape(caption)}</figcaption></figure>'
-
-
-def _words(name: str) -> str:
-    return name.replace("_", " ")

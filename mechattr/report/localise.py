@@ -11,9 +11,8 @@ Each result is saved as soon as it exists, so that a run that fails or is killed
 from __future__ import annotations
 
 import base64
-import shlex
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -26,6 +25,7 @@ from mechattr.patching.activation import activation_patching
 from mechattr.patching.attribution import attribution_patching
 from mechattr.report import figures, html, summary, tables
 from mechattr.report.record import ARTIFACTS, FIGURES, PARTIAL, REPORT, TABLE, Record, describe, prepare, read, write
+from mechattr.report.reproduce import PAIRS, command, pairs_jsonl
 from mechattr.report.results import Results, at_sites
 from mechattr.tasks.task import Task
 
@@ -95,7 +95,7 @@ def localise(
 ) -> Localisation:
     """Finds which components cause a behaviour: estimates all, checks the best exactly, and writes a report.
 
-    Writes into `out`: `report.html`, `table.csv`, `figures/`, the four results as `.safetensors`, and `settings.json`. A
+    Writes into `out`: `report.html`, `table.csv`, `figures/`, the four results as `.safetensors`, `settings.json` and `pairs.jsonl`. A
     folder that holds a run with the same settings is reused, and a run that stopped goes on where it stopped.
 
     Args:
@@ -124,7 +124,9 @@ def localise(
         component, `top` + heads + MLPs in all.
     """
     if len(task) == 0:
-        raise EmptyTaskError("to localise a behaviour", f"task {task.name!r} has no pair", "make a task with at least one pair")
+        raise EmptyTaskError(
+            "to localise a behaviour", f"task {task.name!r} has no pair", "make a task with at least one pair"
+        )
     if isinstance(top, bool) or not isinstance(top, int) or top < 1:
         raise SettingError("how many components to check", f"top={top!r}", "give a whole number from 1")
     if positions not in (None, "each", "named", "all"):
@@ -132,21 +134,32 @@ def localise(
     where = positions or _comparable(task)
     asked = {"direction": direction, "sites": list(sites), "positions": where, "top": top, "seed": seed}
     folder = Path(out)
-    record = prepare(folder, {**describe(model, task, asked), "command": _command(model, task, asked, folder)}, overwrite=overwrite)
+    described = {**describe(model, task, asked), "command": command(model.info.name, task, asked, str(out))}
+    record = prepare(folder, described, overwrite=overwrite)
+    (folder / PAIRS).write_text(pairs_jsonl(task), encoding="utf-8")
     common: dict[str, Any] = {"direction": direction, "batch_size": batch_size, "progress": progress}
     by_place = {**common, "positions": None if where == "each" else where}
     whole = {**common, "positions": "all"}
 
     every_site = tuple(dict.fromkeys((*sites, *figures.MAPS)))
     attribution = _step(
-        folder, record, "attribution", lambda: attribution_patching(model, task, sites=every_site, variant="atp", **by_place)
+        folder,
+        record,
+        "attribution",
+        lambda: attribution_patching(model, task, sites=every_site, variant="atp", **by_place),
     )
     best = at_sites(attribution, sites).top(top)
     exact = _step(
-        folder, record, "exact", lambda: activation_patching(model, task, nodes=best, resume=folder / PARTIAL["exact"], **by_place)
+        folder,
+        record,
+        "exact",
+        lambda: activation_patching(model, task, nodes=best, resume=folder / PARTIAL["exact"], **by_place),
     )
     whole_attribution = _step(
-        folder, record, "whole_attribution", lambda: attribution_patching(model, task, sites=figures.WHOLE, variant="atp", **whole)
+        folder,
+        record,
+        "whole_attribution",
+        lambda: attribution_patching(model, task, sites=figures.WHOLE, variant="atp", **whole),
     )
     whole_exact = _step(
         folder,
@@ -171,9 +184,13 @@ def rebuild(path: Path | str) -> Localisation:
     missing = [name for name in ARTIFACTS.values() if not (folder / name).exists()]
     if missing:
         raise ArtifactError(
-            f"to rebuild the report of {folder}", f"no {', '.join(missing)}: the run did not finish", "run localise again: it goes on from there"
+            f"to rebuild the report of {folder}",
+            f"no {', '.join(missing)}: the run did not finish",
+            "run localise again: it goes on from there",
         )
-    return _write(folder, Results(record, **{name: Attribution.load(folder / file) for name, file in ARTIFACTS.items()}))
+    return _write(
+        folder, Results(record, **{name: Attribution.load(folder / file) for name, file in ARTIFACTS.items()})
+    )
 
 
 def _step(folder: Path, record: Record, name: str, make: Callable[[], Attribution]) -> Attribution:
@@ -203,13 +220,3 @@ def _comparable(task: Task) -> Positions:
         return "each"
     shared = task.spans and set.intersection(*(set(spans) for spans in task.spans))
     return "named" if shared else "all"
-
-
-def _command(model: HookedModel, task: Task, asked: Mapping[str, Any], out: Path) -> str:
-    """The command line that makes the same run."""
-    made = task.settings
-    options = {"model": model.info.name, "task": task.name}
-    options |= {name: str(made[name]) for name in ("n", "split", "seed") if name in made}
-    options |= {"sites": ",".join(asked["sites"]), "positions": asked["positions"], "direction": asked["direction"]}
-    options |= {"top": str(asked["top"]), "out": str(out)}
-    return "mechattr localise " + " ".join(f"--{name} {shlex.quote(value)}" for name, value in options.items())

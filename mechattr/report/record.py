@@ -11,6 +11,7 @@ from typing import Any
 from mechattr.errors import ArtifactError, OutputExistsError, SettingError
 from mechattr.models.base import HookedModel
 from mechattr.provenance import json_value
+from mechattr.report.reproduce import PAIRS
 from mechattr.tasks.task import Task
 
 FORMAT = "mechattr/localise/1"
@@ -146,7 +147,7 @@ def _clear(out: Path) -> None:
     """Removes what a run writes, and nothing else."""
     import shutil
 
-    for name in (RECORD, TABLE, REPORT, *ARTIFACTS.values(), *PARTIAL.values()):
+    for name in (RECORD, TABLE, REPORT, PAIRS, *ARTIFACTS.values(), *PARTIAL.values()):
         path = out / name
         if path.is_dir():
             shutil.rmtree(path)
@@ -185,9 +186,13 @@ def read(out: Path) -> Record:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ArtifactError(
-            f"the result of a localise in {out}", f"no readable {RECORD}: {error}", "name the folder that was given as --out"
+            f"the result of a localise in {out}",
+            f"no readable {RECORD}: {error}",
+            "name the folder that was given as --out",
         ) from error
     if not isinstance(record, dict) or record.get("format") != FORMAT or not isinstance(record.get("key"), dict):
         found = record.get("format") if isinstance(record, dict) else type(record).__name__
-        raise ArtifactError(f"the result of a localise in {out}", f"format {found!r}", f"make it again; this version reads {FORMAT!r}")
+        raise ArtifactError(
+            f"the result of a localise in {out}", f"format {found!r}", f"make it again; this version reads {FORMAT!r}"
+        )
     return record

@@ -105,7 +105,7 @@ class Results:
 
     def share(self, node: Node) -> float:
         """|exact mean effect| as a share of the gap; NaN without a gap."""
-        return abs(self.exact.value(node, "signed")) / self.gap if self.gap > 0 else math.nan
+        return self.exact.value(node, "abs_signed") / self.gap if self.gap > 0 else math.nan
 
     @cached_property
     def strong(self) -> list[Node]:
@@ -114,9 +114,9 @@ class Results:
 
     @cached_property
     def agreement(self) -> tuple[float, float]:
-        """Spearman between estimate and exact over whole heads and MLPs: of signed effects, and of mean |effect|."""
+        """Spearman between estimate and exact over whole heads and MLPs: of contributions, and of mean |effect|."""
         nodes = self.whole_exact.nodes()
-        return _rank(self.whole_attribution, self.whole_exact, nodes, "signed"), _rank(
+        return _rank(self.whole_attribution, self.whole_exact, nodes, "contribution"), _rank(
             self.whole_attribution, self.whole_exact, nodes, "score"
         )
 
@@ -130,7 +130,9 @@ class Results:
         total = 0.0
         for values in self.scored.scores.values():
             counts = (values.isfinite().values & (values.values != 0)).sum(tuple(range(1, len(values.axes)))).tolist()
-            total += sum(n * (n_layers - int(layer)) / n_layers for n, layer in zip(counts, values.coords["layer"], strict=True))
+            total += sum(
+                n * (n_layers - int(layer)) / n_layers for n, layer in zip(counts, values.coords["layer"], strict=True)
+            )
         return total * n_pairs
 
 

@@ -4,34 +4,46 @@ from __future__ import annotations
 
 import math
 
+from mechattr.draw import spell
 from mechattr.report.results import STRONG_SHARE, Results
+from mechattr.sites import Node
 
 
 def sentence(results: Results) -> str:
     """The answer with its numbers: how many components move the metric, which is the strongest, what was checked."""
-    n = f"{results.n_components:,}"
-    verb = "corrupting" if results.key["direction"] == "noising" else "restoring"
+    n, gap = f"{results.n_components:,}", f"{results.gap:.3g} {results.unit}"
+    metric = words(results.record["task"]["metric"])
+    how = "corrupting" if results.key["direction"] == "noising" else "restoring"
     if not results.verified:
         return f"None of the {n} components was checked, so nothing is claimed."
     if not results.gap > 0:
-        return f"Clean and corrupt prompts have the same mean metric, so there is no effect for the {n} components to carry."
+        return f"Clean and corrupt prompts have the same mean {metric}, so there is no effect for the {n} components to carry."
     strong, checked = results.strong, len(results.verified)
     if not strong:
         return (
-            f"None of the {checked} strongest of {n} components (by estimate) moves the {results.record['task']['metric']} by "
-            f"{STRONG_SHARE:.0%} of the gap between clean and corrupt prompts ({results.gap:.3g} {results.unit}) when it is "
-            f"{'corrupted' if verb == 'corrupting' else 'restored'} alone."
+            f"None of {n} components was found to move the {metric} by {percent(STRONG_SHARE)} of the gap between clean and corrupt "
+            f"prompts ({gap}): of the {checked} with the largest estimates, each measured by {how} it alone, the strongest moves it "
+            f"by {percent(max(map(results.share, results.verified)))}."
         )
-    best = strong[0]
-    where = "" if best.pos is None else f" at {results.position(best.pos)}"
-    least = results.share(strong[-1])
-    bound = "At least " if len(strong) == checked else ""
+    best, last = strong[0], strong[-1]
+    many = f"{len(strong)} of {n} components each move" if len(strong) > 1 else f"One of {n} components moves"
+    weakest = f", the last of them by {percent(results.share(last))}" if len(strong) > 1 else ""
     return (
-        f"{bound}{len(strong)} of {n} components each move the {_words(results.record['task']['metric'])} by {STRONG_SHARE:.0%} or more "
-        f"of the gap between clean and corrupt prompts ({results.gap:.3g} {results.unit}): the strongest, {best.label}{where}, by "
-        f"{abs(results.exact.value(best, 'signed')):.3g} ({results.share(best):.0%}), the last of them by {least:.0%}; measured by {verb} one component at a time, "
-        f"for the {checked} with the largest estimates."
+        f"{'At least ' if len(strong) == checked > 1 else ''}{many} the {metric} by {percent(STRONG_SHARE)} or more of the gap between "
+        f"clean and corrupt prompts ({gap}): the strongest, {best.label}{_place(results, best)}, by "
+        f"{results.exact.value(best, 'abs_signed'):.3g} ({percent(results.share(best))}){weakest}; measured by {how} one component "
+        f"at a time, for the {checked} with the largest estimates."
     )
+
+
+def _place(results: Results, node: Node) -> str:
+    """` at S2`, ` at END (“␣to”)`, ` at position 9 (“,”)`, or nothing where all positions are replaced together."""
+    if node.pos is None:
+        return ""
+    if isinstance(node.pos, str):
+        return f" at {node.pos}"
+    spans = [name for name, (start, end) in results.spans.items() if start <= node.pos < end]
+    return f" at {' and '.join(spans) or f'position {node.pos}'} (“{spell(results.tokens[node.pos])}”)"
 
 
 def agreement(results: Results) -> str:
@@ -42,10 +54,15 @@ def agreement(results: Results) -> str:
         return f"Too few of the {len(nodes)} whole heads and MLPs have an effect for a rank correlation."
     return (
         f"Over all {len(nodes)} whole heads and MLPs, Spearman's correlation between estimate and exact effect is {signed:.3f} "
-        f"for mean effects" + (f" and {magnitude:.3f} for mean |effect|." if math.isfinite(magnitude) else ".")
+        f"for contributions" + (f" and {magnitude:.3f} for mean |effect|." if math.isfinite(magnitude) else ".")
     )
 
 
-def _words(name: str) -> str:
+def percent(share: float) -> str:
+    """`0.364` -> `36 %`, with a space that does not break."""
+    return f"{100 * share:.0f}\u00a0%"
+
+
+def words(name: str) -> str:
     """`logit_difference` -> `logit difference`."""
     return name.replace("_", " ")

@@ -12,9 +12,9 @@ from typing import Any
 from mechattr.report.results import Results
 from mechattr.sites import Node, full_name
 
-COLUMNS = ("component", "site", "position", "estimate", "exact", "magnitude", "share")
+COLUMNS = ("component", "site", "position", "estimate", "exact", "score", "share")
 CSV_COLUMNS = (
-    "rank", "component", "site", "layer", "head", "neuron", "position", "estimate", "estimate_magnitude", "exact", "magnitude", "share",
+    "rank", "component", "site", "layer", "head", "neuron", "position", "estimate", "estimate_score", "exact", "score", "share",
 )  # fmt: skip
 
 
@@ -26,8 +26,9 @@ def rows(results: Results, k: int | None = None) -> list[dict[str, Any]]:
         k: how many; all of them without it.
 
     Returns:
-        A row a component: its name, full site and position; `estimate` and `exact`, the mean effects; `magnitude`, the exact
-        mean |effect|; `share`, |exact| as a share of the gap between clean and corrupt metric. A head of k or v is a kv head.
+        A row a component: its name, full site and position; `estimate` and `exact`, the contributions (the metric
+        lost by noising, or regained by denoising, mean over pairs); `score`, the exact mean |effect|; `share`, |exact| as a
+        share of the gap between clean and corrupt metric. A head of k or v is a kv head.
     """
     return [{name: row[name] for name in COLUMNS} for row in map(_full_row(results), results.verified[:k])]
 
@@ -41,10 +42,10 @@ def _full_row(results: Results) -> Callable[[Node], dict[str, Any]]:
             "head": node.head,
             "neuron": node.neuron,
             "position": results.position(node.pos),
-            "estimate": results.scored.value(node, "signed"),
-            "estimate_magnitude": results.scored.value(node, "score"),
-            "exact": results.exact.value(node, "signed"),
-            "magnitude": results.exact.value(node, "score"),
+            "estimate": results.scored.value(node, "contribution"),
+            "estimate_score": results.scored.value(node, "score"),
+            "exact": results.exact.value(node, "contribution"),
+            "score": results.exact.value(node, "score"),
             "share": results.share(node),
         }
 
@@ -80,10 +81,10 @@ def html_table(results: Results, *, limit: int = 200) -> str:
         ("component", "name; the head of k and v is a kv head"),
         ("site", "full name of the site"),
         ("position", "position and token of the first pair, or span"),
-        (f"estimate [{unit}]", "mean effect by attribution patching"),
-        (f"exact [{unit}]", "mean effect, measured by replacing the activation"),
+        (f"estimate [{unit}]", "contribution by attribution patching; positive helps the answer"),
+        (f"exact [{unit}]", "contribution, measured by replacing the activation"),
         (f"exact |effect| [{unit}]", "mean over pairs of |effect|, measured"),
-        ("share", "|exact mean effect| as a share of |clean - corrupt|"),
+        ("share [%]", "|exact contribution| as a share of |clean - corrupt|"),
     )
     head = "".join(
         f'<th class="{"text" if 1 <= i <= 3 else "number"}" title="{escape(about)}" tabindex="0">{name}</th>'
@@ -92,9 +93,9 @@ def html_table(results: Results, *, limit: int = 200) -> str:
     body = "".join(
         f'<tr><td class="number" data-value="{rank}">{rank}</td><td class="text"><b>{escape(row["component"])}</b></td>'
         f'<td class="text site">{escape(row["site"])}</td>'
-        f'<td class="text" data-value="{rank if row["position"] == "all" else escape(_order(row["position"]))}">{escape(row["position"])}</td>'
+        f'<td class="text" data-value="{escape(_order(row["position"]))}">{escape(row["position"])}</td>'
         f"{_bar(row['estimate'], largest)}{_bar(row['exact'], largest)}"
-        f"{_number(row['magnitude'], '.3f')}{_number(row['share'], '.1%')}</tr>"
+        f"{_number(row['score'], '.3f')}{_number(100 * row['share'], '.1f')}</tr>"
         for rank, row in enumerate(shown, start=1)
     )
     return f'<table class="sortable"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
@@ -113,13 +114,12 @@ def _number(value: float, form: str) -> str:
 
 
 def _bar(value: float, largest: float) -> str:
-    """A signed number over a bar that grows from the middle: blue to the right, red to the left."""
+    """A signed number, and beside it a bar that grows from the middle: blue to the right, red to the left."""
     if math.isnan(value):
         return '<td class="number" data-value="">–</td>'
     reach = 50.0 * min(abs(value) / largest, 1.0)
     left = 50.0 if value >= 0 else 50.0 - reach
-    colour = "#92c5de" if value >= 0 else "#f4a582"
     return (
-        f'<td class="number" data-value="{value!r}"><span class="bar"><i style="left:{left:.1f}%;width:{reach:.1f}%;'
-        f'background:{colour}"></i><span>{f"{value:+.3f}".replace("-", "−")}</span></span></td>'
+        f'<td class="number" data-value="{value!r}">{f"{value:+.3f}".replace("-", "−")}<span class="bar">'
+        f'<i class="{"up" if value >= 0 else "down"}" style="left:{left:.1f}%;width:{reach:.1f}%"></i></span></td>'
     )

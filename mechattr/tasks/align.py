@@ -21,6 +21,7 @@ from mechattr.tasks.pairtext import Answer, PairText, Span, members
 
 SEQUENCE = "sequence_log_probability"
 _SET_METRICS = frozenset({"probability_difference", "kl_divergence"})
+_NO_SPACE_AFTER = tuple(",.;:!?)")
 _ANCHOR = ":"  # stands before an answer whose prompt is given as ids; tokenizers do not merge it with a word
 
 
@@ -239,6 +240,8 @@ def _continuations(model: HookedModel, pairs: Sequence[PairText]) -> dict[str, l
 
 def _rest(prefix: list[int], joined: list[int], text: str, prompt: str, kind: str, label: str) -> list[int]:
     """The tokens that an answer adds to its prompt."""
+    if text[:1].isascii() and text[:1].isalpha() and (prompt[-1:].isalnum() or prompt[-1:] in _NO_SPACE_AFTER):
+        raise misfits.no_leading_space(text, prompt, kind, label)
     if joined[: len(prefix)] != prefix or len(joined) == len(prefix):
         raise misfits.merges_with_prompt(text, prompt, kind, label)
     return joined[len(prefix) :]

@@ -21,6 +21,7 @@ from mechattr.tasks.pairtext import PairText, Split
 from mechattr.tasks.task import Task
 
 ROUNDS = 60  # how often a slot is drawn before it counts as impossible
+HOPELESS = 150  # draws without any pair that fits, after which the task counts as impossible
 REPEATED = "a pair that was drawn already"
 LEFT_OUT = "two-digit numbers that are not one token, left out of the answer sets"
 
@@ -52,7 +53,7 @@ def draw_task(
     skipped: Counter[str] = Counter()
     for _ in range(ROUNDS):
         slots = [slot for slot in range(n) if slot not in kept]
-        if not slots:
+        if not slots or (not kept and skipped.total() >= HOPELESS):
             break
         fresh = {}
         for slot in slots:
@@ -99,7 +100,9 @@ def require_all(name: str, found: int, n: int, skipped: Mapping[str, int]) -> No
             "use another task or other options; tasks.resampled and tasks.induction make pairs for any tokenizer",
         )
     raise AlignmentError(
-        f"{n} pairs of task {name!r}", f"only {found} could be made: {reasons}", f"ask for n={found}, or fewer options"
+        f"{n} pairs of task {name!r}",
+        f"only {found} could be made: {reasons}",
+        "ask for fewer pairs, or allow more options",
     )
 
 

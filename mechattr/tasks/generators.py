@@ -18,10 +18,10 @@ from mechattr.tasks.pairtext import PairText, Split
 from mechattr.tasks.task import Task
 
 CITATIONS = {
-    "ioi": "Wang et al. 2022, Interpretability in the Wild: a Circuit for Indirect Object Identification in GPT-2 small, arXiv:2211.00593",
+    "ioi": "Wang et al. 2022, Interpretability in the Wild, arXiv:2211.00593",
     "greater_than": "Hanna et al. 2023, How does GPT-2 compute greater-than?, arXiv:2305.00586",
-    "subject_verb": "Linzen et al. 2016, Assessing the Ability of LSTMs to Learn Syntax-Sensitive Dependencies, TACL 4",
-    "gendered_pronoun": "Mathwin et al. 2023, Identifying a Preliminary Circuit for Predicting Gendered Pronouns in GPT-2 Small",
+    "subject_verb": "Linzen et al. 2016, Assessing the Ability of LSTMs to Learn Syntax-Sensitive Dependencies",
+    "gendered_pronoun": "Mathwin et al. 2023, Identifying a Preliminary Circuit for Predicting Gendered Pronouns",
 }
 
 
@@ -59,10 +59,10 @@ def ioi(
     References:
         Wang et al. 2022, Interpretability in the Wild: a Circuit for Indirect Object Identification in GPT-2 small.
     """
-    check_option("corruption", corruption, ("abc", "s2_flip"))
-    check_option("order", order, ("ABBA", "BABA", None))
+    check_option("corruption", corruption, ioi_grammar.CORRUPTIONS)
+    check_option("order", order, (*ioi_grammar.ORDERS, None))
     check_index("template", template, len(ioi_grammar.TEMPLATES[check_split(split)]))
-    orders: tuple[ioi_grammar.Order, ...] = (order,) if order else ("ABBA", "BABA")
+    orders = (order,) if order else ioi_grammar.ORDERS
 
     def draw(rng: random.Random, slot: int) -> PairText:
         return ioi_grammar.draw(rng, split, order=orders[slot % len(orders)], corruption=corruption, template=template)
@@ -136,8 +136,8 @@ def subject_verb(
         model: the model whose tokenizer the pairs must fit.
         n: number of pairs.
         seed: seed of the draws.
-        split: "train" or "test"; nouns, inner verbs, prepositions, adjectives, adverbs and leads are disjoint; the verbs
-            that are asked for are a closed class and are shared.
+        split: "train" or "test"; nouns, inner verbs, prepositions, adjectives, adverbs and leads are disjoint; the
+            verbs that are asked for are a closed class and are shared.
         attractors: nouns between subject and verb, 0 to 4; None for all of these.
         construction: "pp", "rc_subject", "rc_object" or "rc_object_no_that"; None for all.
         attractor_number: "same" or "opposite" to the clean subject's; None for both.
@@ -216,13 +216,13 @@ def gendered_pronoun(
     References:
         Mathwin et al. 2023, Identifying a Preliminary Circuit for Predicting Gendered Pronouns in GPT-2 Small.
     """
-    kinds: tuple[pronoun_grammar.Kind, ...] = ("noun", "name", "profession")
+    kinds = pronoun_grammar.KINDS
     check_option("kind", kind, (*kinds, None))
     check_index("template", template, len(pronoun_grammar.TEMPLATES[check_split(split)]))
 
     def draw(rng: random.Random, slot: int) -> PairText:
         return pronoun_grammar.draw(
-            rng, split, gender=("he", "she")[slot % 2], kind=kind or kinds[slot % 3], template=template
+            rng, split, gender=pronoun_grammar.GENDERS[slot % 2], kind=kind or kinds[slot % 3], template=template
         )
 
     settings = {"seed": seed, "split": split, "kind": kind, "template": template}

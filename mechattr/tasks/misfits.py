@@ -56,19 +56,27 @@ def several_tokens(tokenizer: Any, ids: Sequence[int], kind: str, label: str, me
 
 def merges_with_prompt(text: str, prompt: str, kind: str, label: str) -> Misfit:
     """An answer that is not the continuation of the prompt's own tokens."""
-    spaced = " " + text.lstrip()
-    if prompt.endswith(" "):
-        fix = f"end the prompt without a space and write the {kind} as {spaced!r}"
-    elif text and not text.startswith(" "):
-        fix = f"write the {kind} with its leading space ({spaced!r}) where it is a new word, or give its token id"
-    else:
-        fix = f"give the {kind} as a token id, or as text that begins a new token"
+    fix = f"give the {kind} as a token id, or as text that begins a new token"
+    if prompt[-1:].isspace():
+        fix = f"end the prompt without a space and write the {kind} as {' ' + text.lstrip()!r}"
     return Misfit(
         f"{kind} merges with the end of the prompt",
         AnswerError(
             f"{label}: {kind} {text!r} as new tokens after {prompt[-20:]!r}",
             "no token of its own: the tokenizer joins it with the end of the prompt",
             fix,
+        ),
+    )
+
+
+def no_leading_space(text: str, prompt: str, kind: str, label: str) -> Misfit:
+    """An answer that reads as a new word but would be glued to the last one."""
+    return Misfit(
+        f"{kind} without its leading space",
+        AnswerError(
+            f"{label}: {kind} {text!r} after {prompt[-20:]!r}",
+            f"{prompt.split()[-1] + text!r}: no space between the two",
+            f"write the {kind} as {' ' + text!r}; if it does continue the last word, give its token id",
         ),
     )
 

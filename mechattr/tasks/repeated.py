@@ -29,8 +29,8 @@ def induction(
 
     The tokens of a block are drawn without repetition from those that are not special. The corrupt prompt has another
     token, the foil, in place of $r_{j+1}$ in the first copy, so there the foil is right. All prompts have the same
-    length. Spans: PREVIOUS ($r_j$ in the first copy), TARGET ($r_{j+1}$ in the first copy), START (the first token of the
-    second copy), END ($r_j$ in the second copy).
+    length. Spans: PREVIOUS ($r_j$ in the first copy), TARGET ($r_{j+1}$ in the first copy), START (the first token of
+    the second copy), END ($r_j$ in the second copy).
 
     Args:
         model: any model that predicts next tokens; it needs no tokenizer.

@@ -3,11 +3,11 @@
 1. The first `length` tokens of a text are the clean prompt.
 2. At `changed` random positions, from left to right, the token is drawn again from the model's own distribution after
    the (already changed) prefix, without the clean token and without special tokens: that is the corrupt prompt.
-3. The answer is the most probable next token of the clean prompt, the foil that of the corrupt one; where the two agree,
-   the foil is the second most probable token of the clean prompt.
+3. The answer is the most probable next token of the clean prompt, the foil that of the corrupt one; where the two
+   agree, the foil is the second most probable token of the clean prompt.
 
-A small model may solve no task that was written for large ones; here it is right by construction, and what is localised is
-where it takes its prediction from. The metric is therefore positive on every clean prompt.
+A small model may solve no task that was written for large ones; here it is right by construction (the logit difference
+is positive on every clean prompt), and what is localised is where it takes its prediction from.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def resampled(
     """Pairs from the model's own texts: a few tokens of each prompt are drawn again from the model.
 
     Every prompt has `length` tokens, so positions are comparable. Each text is used once before any is used again (with
-    other positions). Texts that are too short, and places where the model leaves no probability for another token, make no
-    pair; both are counted. Spans: CHANGED1 ... (the tokens that differ), END.
+    other positions). Texts that are too short, and places where the model leaves no probability for another token, make
+    no pair; both are counted. Spans: CHANGED1 ... (the tokens that differ), END.
 
     Args:
         model: a model that predicts next tokens.

@@ -19,7 +19,7 @@ from zipfile import ZipFile
 import pytest
 
 import mechattr
-from mechattr import errors
+from mechattr import cli, errors
 from mechattr.methods import METHODS, MethodRow
 
 MAX_LINES = 320
@@ -68,6 +68,7 @@ def test_a_row_of_the_table_is_true(row: MethodRow, root: Path) -> None:
     function = getattr(importlib.import_module(module), attribute)
     assert getattr(mechattr, row.name) is function
     assert function.__doc__
+    assert row.command in {command.callback.__name__ for command in cli.app.registered_commands if command.callback}
     assert (root / row.page).is_file()
     index = (root / "docs/index.md").read_text()
     promises = ", ".join(sorted(row.promises))

@@ -90,9 +90,7 @@ def test_unknown_coordinate_names_the_nearest() -> None:
 def test_unknown_axis_names_the_nearest() -> None:
     with pytest.raises(AxisError) as caught:
         table().sel(heads=1)
-    assert str(caught.value) == (
-        "axis 'heads'\n  found: axes ('layer', 'pos', 'head')\n  fix: did you mean 'head'?"
-    )
+    assert str(caught.value) == ("axis 'heads'\n  found: axes ('layer', 'pos', 'head')\n  fix: did you mean 'head'?")
 
 
 def test_a_dropped_axis_cannot_be_selected_again() -> None:

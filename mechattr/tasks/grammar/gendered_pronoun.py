@@ -9,6 +9,10 @@ from mechattr.tasks.grammar.names import FEMALE, MALE
 from mechattr.tasks.pairtext import PairText, Split, fill, pick
 
 Kind = Literal["noun", "name", "profession"]
+Gender = Literal["he", "she"]
+
+KINDS: tuple[Kind, ...] = ("noun", "name", "profession")
+GENDERS: tuple[Gender, ...] = ("he", "she")
 
 NOUNS: dict[str, tuple[tuple[str, str], ...]] = {  # (he, she)
     "train": (
@@ -71,7 +75,7 @@ def draw(
     split: Split,
     *,
     kind: Kind | None = None,
-    gender: Literal["he", "she"] | None = None,
+    gender: Gender | None = None,
     template: int | None = None,
 ) -> PairText:
     """Draw one pair; the answer is the pronoun of the subject, and the corrupt subject has the other gender.
@@ -83,26 +87,26 @@ def draw(
         gender: pronoun of the clean subject; None draws one.
         template: index into the split's templates; None draws one.
     """
-    kind = kind or rng.choice(("noun", "name", "profession"))
-    gender = gender or rng.choice(("he", "she"))
+    sort = kind if kind else rng.choice(KINDS)
+    pronoun = gender if gender else rng.choice(GENDERS)
     index, pattern = pick(rng, TEMPLATES[split], template)
-    subject, pair = "{SUBJECT}" if kind == "name" else "the {SUBJECT}", HOLDERS[split]
-    if kind == "noun":
+    subject, pair = "{SUBJECT}" if sort == "name" else "the {SUBJECT}", HOLDERS[split]
+    if sort == "noun":
         pair = rng.choice(NOUNS[split])
-    elif kind == "name":
+    elif sort == "name":
         pair = (rng.choice(MALE[split]), rng.choice(FEMALE[split]))
     else:
         subject += f" {WORK[split]} {rng.choice(PROFESSIONS[split])}"
     pattern = pattern.format(lead=rng.choice(LEADS[split]), subject=subject)
-    here, other = pair if gender == "he" else pair[::-1]
+    here, other = pair if pronoun == "he" else pair[::-1]
     clean, spans = fill(pattern, {"SUBJECT": here})
     corrupt, corrupt_spans = fill(pattern, {"SUBJECT": other})
     return PairText(
         clean=clean,
         corrupt=corrupt,
-        answer=" " + gender,
-        foil=" she" if gender == "he" else " he",
+        answer=" " + pronoun,
+        foil=" she" if pronoun == "he" else " he",
         spans=spans,
         corrupt_spans=corrupt_spans,
-        factors={"template": f"{index}/{kind}", "kind": kind, "gender": gender},
+        factors={"template": f"{index}/{sort}", "kind": sort, "gender": pronoun},
     )

@@ -11,6 +11,9 @@ from mechattr.tasks.pairtext import PairText, Span, Split, fill, pick
 Order = Literal["ABBA", "BABA"]
 Corruption = Literal["abc", "s2_flip"]
 
+ORDERS: tuple[Order, ...] = ("ABBA", "BABA")
+CORRUPTIONS: tuple[Corruption, ...] = ("abc", "s2_flip")
+
 # X and Y are the first two names in order of mention; S2 is the second mention of the subject.
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "train": (
@@ -77,11 +80,11 @@ def draw(
             indirect object there, so that the right answer flips.
         template: index into the split's templates; None draws one.
     """
-    order = order or rng.choice(("ABBA", "BABA"))
+    mention = order if order else rng.choice(ORDERS)
     index, pattern = pick(rng, TEMPLATES[split], template)
     indirect, subject, third = rng.sample(MALE[split] + FEMALE[split], 3)
     slots = {"place": rng.choice(PLACES[split]), "object": rng.choice(OBJECTS[split])}
-    slots |= {"X": indirect, "Y": subject} if order == "ABBA" else {"X": subject, "Y": indirect}
+    slots |= {"X": indirect, "Y": subject} if mention == "ABBA" else {"X": subject, "Y": indirect}
     clean, spans = fill(pattern, slots | {"S2": subject})
     corrupt, corrupt_spans = fill(pattern, slots | {"S2": third if corruption == "abc" else indirect})
     return PairText(
@@ -89,9 +92,9 @@ def draw(
         corrupt=corrupt,
         answer=" " + indirect,
         foil=" " + subject,
-        spans=_roles(spans, order),
-        corrupt_spans=_roles(corrupt_spans, order),
-        factors={"order": order, "template": index, "corruption": corruption},
+        spans=_roles(spans, mention),
+        corrupt_spans=_roles(corrupt_spans, mention),
+        factors={"order": mention, "template": index, "corruption": corruption},
     )
 
 

@@ -55,7 +55,7 @@ LEADS: dict[str, tuple[str, ...]] = {
 }
 
 # (singular, plural). Verbs inside a relative clause are split; the verb that is asked for is a closed class and is not.
-CLAUSE_VERBS: dict[Verb, tuple[tuple[str, str], ...]] = {
+CLAUSE_VERBS: dict[str, tuple[tuple[str, str], ...]] = {
     "train": (
         ("likes", "like"), ("knows", "know"), ("sees", "see"), ("follows", "follow"), ("helps", "help"),
         ("fears", "fear"), ("trusts", "trust"), ("visits", "visit"), ("serves", "serve"), ("thanks", "thank"),
@@ -119,24 +119,23 @@ def draw(
     if attractors is None:
         weights = (6, 8, 4, 1, 1) if split == "train" else (1, 1, 1, 1, 1)
         attractors = rng.choices(range(5), weights)[0]
-    construction = construction or rng.choice(CONSTRUCTIONS)
-    attractor_number = attractor_number or rng.choice(("same", "opposite"))
-    number = number or rng.choice(("singular", "plural"))
-    kind = verb or rng.choice(tuple(VERBS))
+    shape = construction if construction else rng.choice(CONSTRUCTIONS)
+    same = (attractor_number or rng.choice(("same", "opposite"))) == "same"
+    plural = (number or rng.choice(("singular", "plural"))) == "plural"
+    kind = verb if verb else rng.choice(tuple(VERBS))
     adverb = rng.random() < 0.25 if adverb is None else adverb
     adjective = rng.random() < 0.25 if adjective is None else adjective
     lead = rng.randrange(len(LEADS[split])) if lead is None else lead
 
-    plural = number == "plural"
     noun, person = rng.sample(PEOPLE[split], 2)
-    middle, slots = _modifiers(rng, split, attractors, construction, plural == (attractor_number == "same"), person)
+    middle, slots = _modifiers(rng, split, attractors, shape, plural == same, person)
     pattern = f"{LEADS[split][lead]} the {rng.choice(ADJECTIVES[split]) + ' ' if adjective else ''}{{SUBJECT}}{middle}"
     pattern = pattern.strip() + (f" {rng.choice(ADVERBS[split])}" if adverb else "")
     pattern = pattern[0].upper() + pattern[1:]
     inner, (singular_form, plural_form) = rng.choice(CLAUSE_VERBS[split]), rng.choice(VERBS[kind])
 
     def sentence(subject_plural: bool) -> tuple[str, dict[str, tuple[int, int]]]:
-        agrees = subject_plural if construction == "rc_subject" else plural == (attractor_number == "same")
+        agrees = subject_plural if shape == "rc_subject" else plural == same
         return fill(pattern, slots | {"SUBJECT": noun + "s" * subject_plural, "CLAUSE_VERB": inner[agrees]})
 
     clean, spans = sentence(plural)
@@ -150,11 +149,11 @@ def draw(
         spans=spans,
         corrupt_spans=corrupt_spans,
         factors={
-            "template": f"{lead}/{construction if attractors else 'none'}/{attractors}/{adverb:d}/{adjective:d}",
+            "template": f"{lead}/{shape if attractors else 'none'}/{attractors}/{adverb:d}/{adjective:d}",
             "attractors": attractors,
-            "construction": construction if attractors else "none",
-            "attractor_number": attractor_number if attractors else "none",
-            "number": number,
+            "construction": shape if attractors else "none",
+            "attractor_number": ("same" if same else "opposite") if attractors else "none",
+            "number": "plural" if plural else "singular",
             "verb": kind,
             "adverb": adverb,
             "distance": clean[spans["SUBJECT"][1] :].count(" "),

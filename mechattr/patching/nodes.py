@@ -1,0 +1,208 @@
+"""A table of nodes as index tensors, so that thousands of interventions are a few tensor operations."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mechattr.errors import EmptyTaskError, SettingError
+from mechattr.labelled import Labelled
+from mechattr.models.base import HookedModel
+from mechattr.patching.places import Places, Positions, feature_of, node_axes, node_sites, places_of, taken_at
+from mechattr.sites import SITES, Node, full_name, parse
+from mechattr.tasks.task import Task
+
+NONE = -1
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class NodeTable:
+    """Nodes as columns of integers.
+
+    Attributes:
+        sites: the short names.
+        names: the full names at which nodes are taken.
+        name: for each node, the index of its full name.
+        layer: for each node its layer, -1 for the embeddings.
+        place: for each node the index of its place.
+        feature: for each node its head or neuron, -1 where a place has one node.
+        labels: the coordinates of places; empty where all positions are merged.
+        tables: for each site, the axes and coordinates of its scores and the nodes' places in them.
+    """
+
+    sites: tuple[str, ...]
+    names: tuple[str, ...]
+    name: Tensor
+    layer: Tensor
+    place: Tensor
+    feature: Tensor
+    labels: tuple[int | str, ...]
+    tables: dict[str, tuple[tuple[str, ...], dict[str, Any], Tensor, Tensor]]
+
+    def __len__(self) -> int:
+        return len(self.name)
+
+    @property
+    def layers(self) -> list[int | None]:
+        """The layers that have nodes, embeddings (`None`) first."""
+        return [None if layer == NONE else layer for layer in sorted(set(self.layer.tolist()))]
+
+    def of_layer(self, layer: int | None) -> Tensor:
+        """Indices of the nodes of one layer."""
+        return (self.layer == (NONE if layer is None else layer)).nonzero()[:, 0]
+
+    def hash(self) -> str:
+        """sha256 of the nodes."""
+        digest = hashlib.sha256(repr((self.names, self.labels)).encode())
+        for column in (self.name, self.layer, self.place, self.feature):
+            digest.update(column.numpy().tobytes())
+        return digest.hexdigest()
+
+    def lookup(self, values: Mapping[str, Tensor], pairs: int) -> Tensor:
+        """[pair, node] from site tensors [pair, place] or [pair, place, feature]."""
+        found = torch.zeros(pairs, len(self), dtype=next(iter(values.values())).dtype)
+        for i, name in enumerate(self.names):
+            mine = (self.name == i).nonzero()[:, 0]
+            x = values[name].cpu()
+            index = (self.place[mine],) if x.ndim == 2 else (self.place[mine], self.feature[mine])
+            found[:, mine] = x[(slice(None), *index)]
+        return found
+
+    def selections(
+        self, nodes: Tensor, pairs: Tensor, places: Places
+    ) -> Iterator[tuple[str, tuple[Tensor, ...], tuple[Tensor, ...]]]:
+        """For rows that each patch one node: by full name, the entries to write and, by pair, the entries to read.
+
+        Args:
+            nodes: the node of each row.
+            pairs: the pair of each row.
+            places: the columns of each place.
+        """
+        device = places.where.device
+        for i in sorted(set(self.name[nodes].tolist())):
+            rows = (self.name[nodes] == i).nonzero()[:, 0]
+            mine = nodes[rows]
+            columns = places.where[pairs[rows].to(device), self.place[mine].to(device)]  # [row, column]
+            which, column = columns.nonzero(as_tuple=True)
+            row, pair = rows.to(device)[which], pairs[rows].to(device)[which]
+            feature = self.feature[mine].to(device)[which]
+            axes = SITES[parse(self.names[i])[0]].axes
+            if "query" in axes:
+                yield self.names[i], (row, feature, column), (pair, feature, column)
+            elif feature_of(parse(self.names[i])[0]) is None:
+                yield self.names[i], (row, column), (pair, column)
+            else:
+                yield self.names[i], (row, column, feature), (pair, column, feature)
+
+    def labelled(self, magnitude: Tensor, signed: Tensor) -> dict[str, Labelled]:
+        """Score tables by site, NaN where a node is not in this table."""
+        found = {}
+        for short, (axes, coords, mine, flat) in self.tables.items():
+            shape = [len(coords[axis]) for axis in axes]
+            for kind, values in (("score", magnitude), ("signed", signed)):
+                table = torch.full(shape, float("nan"), dtype=values.dtype)
+                table.view(-1)[flat] = values[mine]
+                found[f"{kind}/{short}"] = Labelled(table, axes, coords)
+        return found
+
+
+def every_node(model: HookedModel, sites: Sequence[str], places: Places) -> NodeTable:
+    """All nodes of some sites."""
+    sizes = {"head": model.info.n_heads, "kv_head": model.info.n_kv_heads, "neuron": model.info.d_mlp}
+    columns = []
+    for short in sites:
+        layers = [NONE if (layer := parse(name)[1]) is None else layer for name in taken_at(model, short)]
+        feature = feature_of(short)
+        features = [NONE] if feature is None else range(sizes[feature])
+        grid = torch.cartesian_prod(
+            torch.tensor([sites.index(short)]),
+            torch.tensor(layers),
+            torch.arange(max(1, len(places.labels))),
+            torch.tensor(list(features)),
+        )
+        columns.append(grid)
+    return _build(model, tuple(sites), torch.cat(columns), places.labels)
+
+
+def table_of(model: HookedModel, task: Task, nodes: Sequence[Node]) -> tuple[NodeTable, Positions]:
+    """The table of given nodes, and what their positions mean.
+
+    Raises:
+        EmptyTaskError: no nodes.
+        SettingError: a layer, position, head or neuron that does not exist, or positions of several kinds.
+    """
+    if not nodes:
+        raise EmptyTaskError("activation patching", "an empty list of nodes", "give nodes, or leave nodes out")
+    kinds = {"all" if n.pos is None else "named" if isinstance(n.pos, str) else "aligned" for n in nodes}
+    if len(kinds) > 1:
+        raise SettingError(
+            "nodes", f"positions of several kinds ({', '.join(sorted(kinds))})", "patch each kind in a call of its own"
+        )
+    mode: Positions = kinds.pop()  # type: ignore[assignment]
+    places = places_of(task, mode)
+    sites = node_sites(model, list(dict.fromkeys(n.site for n in nodes)))
+    place = {label: i for i, label in enumerate(places.labels)}
+    rows = []
+    for node in dict.fromkeys(nodes):
+        _check(model, node)
+        if node.pos is not None and node.pos not in place:
+            raise SettingError(
+                f"node {node}", f"positions of this task: {_some(places.labels)}", "name a position that every pair has"
+            )
+        feature = next((f for f in (node.head, node.neuron) if f is not None), NONE)
+        layer = NONE if node.layer is None else node.layer
+        rows.append([sites.index(node.site), layer, 0 if node.pos is None else place[node.pos], feature])
+    return _build(model, sites, torch.tensor(rows), places.labels), mode
+
+
+def _some(labels: Sequence[int | str]) -> str:
+    shown = ", ".join(map(str, labels[:8]))
+    return shown + (f", ... {labels[-1]}" if len(labels) > 8 else "")
+
+
+def _check(model: HookedModel, node: Node) -> None:
+    info, feature = model.info, feature_of(node.site)
+    sizes = {"head": info.n_heads, "kv_head": info.n_kv_heads, "neuron": info.d_mlp}
+    problems = []
+    if SITES[node.site].layered:
+        if node.layer is None or not 0 <= node.layer < info.n_layers:
+            problems.append(f"layer {node.layer}: layers run from 0 to {info.n_layers - 1}")
+    elif node.layer is not None:
+        problems.append(f"layer {node.layer}: {node.site} exists once in the model")
+    for field, value, fits in (("head", node.head, feature in ("head", "kv_head")), ("neuron", node.neuron, feature == "neuron")):
+        if fits and (value is None or not 0 <= value < sizes[str(feature)]):
+            problems.append(f"{field} {value}: {feature} runs from 0 to {sizes[str(feature)] - 1}")
+        elif not fits and value is not None:
+            problems.append(f"{field} {value}: {node.site} has no {field}")
+    if problems:
+        raise SettingError(f"node {node!r}", "; ".join(problems), "name a node that this model has")
+
+
+def _build(model: HookedModel, sites: tuple[str, ...], rows: Tensor, labels: tuple[int | str, ...]) -> NodeTable:
+    """A table from rows (site, layer, place, feature)."""
+    merged = Places(labels, torch.zeros(0, 0, 0, dtype=torch.bool))
+    names: list[str] = []
+    name_of = torch.zeros(len(rows), dtype=torch.long)
+    tables = {}
+    for i, short in enumerate(sites):
+        mine = (rows[:, 0] == i).nonzero()[:, 0]
+        taken = parse(taken_at(model, short)[0])[0]
+        for layer in sorted(set(rows[mine, 1].tolist())):
+            name = full_name(taken, None if layer == NONE else layer)
+            name_of[mine[rows[mine, 1] == layer]] = len(names)
+            names.append(name)
+        axes = node_axes(short, merged)
+        coords: dict[str, Any] = {}
+        flat = torch.zeros(len(mine), dtype=torch.long)
+        for axis in axes:
+            column = {"layer": 1, "pos": 2}.get(axis, 3)
+            values, index = rows[mine, column].unique(return_inverse=True)
+            flat = flat * len(values) + index
+            coords[axis] = [labels[v] for v in values.tolist()] if axis == "pos" else values.tolist()
+        tables[short] = (axes, coords, mine, flat)
+    return NodeTable(sites, tuple(names), name_of, rows[:, 1], rows[:, 2], rows[:, 3], labels, tables)

@@ -1,0 +1,155 @@
+"""Nodes in tensors: which sites can be scored, which positions are comparable, and what becomes of a pair of prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from mechattr.errors import AlignmentError, SettingError, UnknownNameError, UnknownSiteError, nearest
+from mechattr.models.base import Batch, HookedModel
+from mechattr.sites import SITES, expand, parse, site_spec
+from mechattr.tasks.task import Task
+
+Direction = Literal["noising", "denoising"]
+Positions = Literal["aligned", "named", "all"]
+DIRECTIONS = ("noising", "denoising")
+DEFAULT_SITES = ("q", "k", "v", "z", "mlp_post")
+
+# Replacing a whole vector before or after a map that acts on that vector alone is one intervention, so q and k are taken
+# where attention uses them: an estimate then need not linearise rotary embedding and norms.
+TAKEN_AT = {"q": "rot_q", "k": "rot_k"}
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Positions that mean the same in every pair.
+
+    Attributes:
+        labels: their coordinates on the axis `pos`: position numbers or span names; empty where all are merged.
+        where: true at the columns of each pair that belong to each place.
+    """
+
+    labels: tuple[int | str, ...]
+    where: Bool[Tensor, "pair place column"]
+
+    @property
+    def merged(self) -> bool:
+        """Whether all positions of a prompt are one node."""
+        return not self.labels
+
+    def rows(self, index: Sequence[int]) -> Places:
+        """The same places of some pairs."""
+        return Places(self.labels, self.where[list(index)])
+
+    def gather(self, x: Float[Tensor, "pair column ..."]) -> Float[Tensor, "pair place ..."]:
+        """Sums the columns of each place, then keeps one entry a place."""
+        if x.shape[1] == self.where.shape[1] and self.where.shape[1] == self.where.shape[2] and self.identity:
+            return x
+        return torch.einsum("btc,bc...->bt...", self.where.to(x.dtype), x)
+
+    @property
+    def identity(self) -> bool:
+        """Whether place i is column i in every pair."""
+        eye = torch.eye(self.where.shape[2], dtype=torch.bool, device=self.where.device)
+        return bool((self.where == eye).all())
+
+
+def places_of(task: Task, positions: Positions | None) -> Places:
+    """The comparable positions of a task.
+
+    Args:
+        task: prompt pairs.
+        positions: `"aligned"` (every position; the default), `"named"` (the task's spans) or `"all"` (merged).
+
+    Raises:
+        AlignmentError: positions are not comparable across the pairs, or the two prompts of a pair are padded differently.
+    """
+    if not torch.equal(task.clean.mask, task.corrupt.mask):
+        raise AlignmentError(
+            f"patching on task {task.name!r}",
+            "clean and corrupt prompts with different lengths or padding",
+            "build the task with ma.tasks.from_pairs, which checks each pair",
+        )
+    spans = task.positions("aligned" if positions is None else positions)
+    columns = task.clean.positions
+    masks = []
+    for pairs in spans.values():
+        low = torch.tensor([span[0] for span in pairs], device=columns.device)[:, None]
+        high = torch.tensor([span[1] for span in pairs], device=columns.device)[:, None]
+        masks.append((columns >= low) & (columns < high))
+    labels: tuple[int | str, ...] = tuple(spans)
+    if positions == "all":
+        labels = ()
+    elif positions in (None, "aligned"):
+        labels = tuple(range(len(spans)))
+    return Places(labels, torch.stack(masks, 1))
+
+
+def node_sites(model: HookedModel, sites: str | Sequence[str]) -> tuple[str, ...]:
+    """The short names to score, in the order given.
+
+    Raises:
+        UnknownSiteError: not a site, or not one of this model.
+    """
+    shorts: list[str] = []
+    for name in [sites] if isinstance(sites, str) else sites:
+        short = name if name in SITES else site_spec(name).short
+        if short != name:
+            raise UnknownSiteError(f"site {name!r}", "sites of a table are short names", f"use {short!r}")
+        expand(short, model.sites())
+        shorts.append(short)
+    if not shorts:
+        raise SettingError("sites", "an empty list", f"choose among {', '.join(DEFAULT_SITES)}, ...")
+    return tuple(dict.fromkeys(shorts))
+
+
+def taken_at(model: HookedModel, short: str) -> list[str]:
+    """The full names at which a site's nodes are read and replaced."""
+    return expand(TAKEN_AT.get(short, short), model.sites())
+
+
+def feature_of(short: str) -> str | None:
+    """The axis that tells the nodes of one place apart: `head`, `kv_head`, `neuron` or none."""
+    return next((axis for axis in SITES[short].axes if axis in ("head", "kv_head", "neuron")), None)
+
+
+def node_axes(short: str, places: Places) -> tuple[str, ...]:
+    """The axes of a site's scores."""
+    feature = feature_of(short)
+    return (
+        *(("layer",) if SITES[short].layered else ()),
+        *(() if places.merged else ("pos",)),
+        *(() if feature is None else (feature,)),
+    )
+
+
+def per_node(name: str, x: Tensor) -> Float[Tensor, "pair column ..."]:
+    """Sums a site's activation-shaped tensor over what is inside a node: [batch, column] or [batch, column, feature]."""
+    axes = SITES[parse(name)[0]].axes
+    if "query" in axes:  # a node is one query row of a head's pattern
+        return x.sum(-1).transpose(1, 2)
+    return x if axes[-1] == "neuron" or len(axes) == 2 else x.sum(-1)
+
+
+def direction_of(direction: str) -> Direction:
+    """Checks a direction."""
+    if direction not in DIRECTIONS:
+        raise UnknownNameError(f"direction {direction!r}", "no such direction", nearest(direction, DIRECTIONS))
+    return cast(Direction, direction)
+
+
+def base_and_source(task: Task, direction: Direction) -> tuple[Batch, Batch]:
+    """The run that is intervened on, and the run that activations are taken from."""
+    return (task.clean, task.corrupt) if direction == "noising" else (task.corrupt, task.clean)
+
+
+def chunks(n: int, size: int) -> list[range]:
+    """`range(n)` in consecutive parts."""
+    if size < 1:
+        raise SettingError(f"batch_size={size}", "no rows", "use at least 1")
+    return [range(i, min(i + size, n)) for i in range(0, n, size)]
