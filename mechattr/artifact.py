@@ -196,7 +196,7 @@ class Attribution(Artifact):
         """What the result cost, in prompt rows."""
         passes = self.settings.get("passes")
         if not isinstance(passes, dict) or passes.keys() != {"forward", "backward"}:
-            raise SettingError("passes", f"settings['passes'] = {passes!r}", "the method did not count its passes")
+            raise SettingError("passes", f"settings['passes'] = {passes!r}", "use a method that counts its passes")
         return Passes(**cast(dict[str, float], passes))
 
     @property
@@ -287,10 +287,12 @@ class Attribution(Artifact):
 
         vector = node_vector(self.scores)
         places = largest(vector, len(vector) if k is None else k)
-        columns = {}
-        for name, column in node_columns(self.scores, places).items():
-            words = name == "site" or any(isinstance(value, str) for value in column)
-            columns[name] = pd.Series(column, dtype=object if words else "Int64")
+        explicit = [item for score in self.scores.values() for item in score.explicit_coords.items()]
+        words = {"site", *(axis for axis, coords in explicit if any(isinstance(value, str) for value in coords))}
+        columns = {
+            name: pd.Series(column, dtype=object if name in words else "Int64")
+            for name, column in node_columns(self.scores, places).items()
+        }
         contribution = self.contribution if "direction" in self.settings else {}
         blank = {site: score * float("nan") for site, score in self.scores.items()}
         for name, values in (("score", self.scores), ("signed", self.signed), ("contribution", contribution)):
@@ -306,8 +308,9 @@ class Attribution(Artifact):
     def _repr_html_(self) -> str:
         if not self.scores or not all(map(is_node_table, self.scores.values())):
             return super()._repr_html_()
-        pairs, passes = self.settings.get("n_pairs"), self.settings.get("passes")
-        line = f"method {self.settings.get('method')}, {pairs} pairs, passes {passes}; top {_SHOWN} by score"
+        line = f"method {self.settings.get('method')}, {self.settings.get('n_pairs')} pairs"
+        if "passes" in self.settings:
+            line += f", {self.passes.forward:g} forward and {self.passes.backward:g} backward passes"
         table = self._frame(_SHOWN).to_html(index=False, escape=True, na_rep="", float_format="{:.4g}".format)
         return f"<div>{escape(line)}</div>{table}"
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -20,13 +20,12 @@ from rich.markup import escape
 from rich.table import Table
 
 import mechattr as ma
-from mechattr.errors import MechattrError, UnknownTaskError, nearest
+from mechattr.errors import MechattrError
 
 if TYPE_CHECKING:
     from mechattr.models.base import HookedModel
     from mechattr.tasks import Task
 
-GENERATORS = ("ioi", "greater_than", "subject_verb", "gendered_pronoun", "induction")
 ROWS_SHOWN = 20
 
 app = typer.Typer(
@@ -67,7 +66,9 @@ def _root(
 def localise(
     model: Annotated[str, typer.Option(help='"tiny" (bundled), a folder, or a name on the model hub.')],
     out: Annotated[Path, typer.Option(help="Folder for the report, the figures, the tables and the artifacts.")],
-    task: Annotated[str | None, typer.Option(help=f"{', '.join(GENERATORS)} or resampled.")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="ioi, greater_than, subject_verb, gendered_pronoun, induction or resampled.")
+    ] = None,
     pairs: Annotated[Path | None, typer.Option(help="Your own pairs: JSONL with clean, corrupt, answer, foil.")] = None,
     texts: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="Texts for --task resampled, one a line.")
@@ -80,8 +81,8 @@ def localise(
         str, typer.Option(help="Sites whose components are scored, separated by commas.")
     ] = "q,k,v,z,mlp_post",
     positions: Annotated[
-        Literal["each", "named", "all"] | None,
-        typer.Option(help="Score each position, the task's named spans, or all positions together."),
+        Literal["aligned", "named", "all"] | None,
+        typer.Option(help="Score each position, the task's named spans, or all together; by default the finest."),
     ] = None,
     direction: Annotated[
         Literal["noising", "denoising"], typer.Option(help="Corrupt into clean, or clean into corrupt.")
@@ -98,8 +99,6 @@ def localise(
         raise typer.BadParameter("give exactly one of --task and --pairs")
     if (task == "resampled") != (texts is not None):
         raise typer.BadParameter("--texts FILE and --task resampled go together")
-    if metric is not None and texts is not None:
-        raise typer.BadParameter("resampled pairs have the metric logit_difference: leave --metric out")
     loaded = ma.load(model, device=device, dtype=dtype)
     result = ma.report.localise(
         loaded,
@@ -183,19 +182,16 @@ def _make_task(
     *,
     n: int,
     seed: int,
-    split: str,
+    split: Literal["train", "test"],
     metric: str | None,
 ) -> Task:
     """The task that the options name."""
-    chosen = {} if metric is None else {"metric": metric}
+    chosen: dict[str, Any] = {} if metric is None else {"metric": metric}
     if pairs is not None:
         return ma.tasks.from_pairs(model, pairs, **chosen)
     if texts is not None:
-        return ma.tasks.resampled(model, _lines(texts), n=n, seed=seed)
-    if task not in GENERATORS:
-        raise UnknownTaskError(f"task {task!r}", "no such task", nearest(str(task), (*GENERATORS, "resampled")))
-    generator: Callable[..., Task] = getattr(ma.tasks, task)
-    return generator(model, n=n, seed=seed, split=split, **chosen)
+        return ma.tasks.resampled(model, _lines(texts), n=n, seed=seed, **chosen)
+    return ma.tasks.make(model, str(task), n=n, seed=seed, split=split, **chosen)
 
 
 def _lines(path: Path) -> list[str]:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
 import transformers as tf
+
+from mechattr.models import Batch, HookedHF
 
 SMALL: dict[str, Any] = {"vocab_size": 61, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
 GATED: dict[str, Any] = {**SMALL, "intermediate_size": 40, "num_key_value_heads": 2, "max_position_embeddings": 64}
@@ -39,7 +42,11 @@ def configs() -> dict[str, Any]:
         "phi3": tf.Phi3Config(**GATED, **_ids()),
         "olmo2": tf.Olmo2Config(**GATED, **_ids()),
         "opt": tf.OPTConfig(
-            **SMALL, ffn_dim=40, max_position_embeddings=64, word_embed_proj_dim=24, **_ids(),
+            **SMALL,
+            ffn_dim=40,
+            max_position_embeddings=64,
+            word_embed_proj_dim=24,
+            **_ids(),
             activation_function="gelu",  # a ReLU has kinks, which finite differences cannot cross
         ),
         "bert": tf.BertConfig(**SMALL, intermediate_size=40, max_position_embeddings=64, pad_token_id=2),
@@ -80,3 +87,25 @@ def widened() -> Iterator[None]:
         yield
     finally:
         torch.float32, torch.Tensor.float = narrow, method  # type: ignore[misc,method-assign]
+
+
+@cache
+def hooked(family: str, dtype: torch.dtype = torch.float32, attention: str = "eager") -> HookedHF:
+    """The same model behind the protocol. It is shared between tests, which a model that is never changed allows."""
+    return HookedHF(model(family, dtype, attention))
+
+
+def ragged(side: str = "right", lengths: tuple[int, ...] = (7, 4, 5)) -> Batch:
+    """Rows of different lengths, padded on one side."""
+    ids, width = tokens(len(lengths), max(lengths)), max(lengths)
+    mask = torch.zeros_like(ids, dtype=torch.bool)
+    for row, length in enumerate(lengths):
+        mask[row, slice(0, length) if side == "right" else slice(width - length, width)] = True
+    return Batch.of(ids.where(mask, 2), mask)
+
+
+def probe(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """A random linear metric of all logits at real tokens, with one weight for each position and vocabulary entry."""
+    noise = torch.randn(64, logits.shape[-1], generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    weights = noise.to(logits)[batch.positions.clamp(min=0)] * batch.mask[..., None]
+    return (logits * weights).sum((1, 2))

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import GPT2LMHeadModel
 
 from data.train import corpus
-from data.train.sentences import GRAMMARS
+from data.train.sentences import GRAMMARS, texts
 from mechattr.tasks.pairtext import PairText
 
 SEED = 1234
@@ -46,8 +46,8 @@ def pairs_of(task: str, n: int, **factors: int) -> list[PairText]:
 def accuracy(model: GPT2LMHeadModel, tokenizer: Tokenizer, pairs: list[PairText]) -> float:
     """Share of pairs whose answer has a larger logit than the foil."""
     logits = last_logits(model, [tokenizer.encode(pair.clean).ids for pair in pairs])
-    answers = torch.tensor([tokenizer.encode(pair.answer).ids for pair in pairs])
-    foils = torch.tensor([tokenizer.encode(pair.foil).ids for pair in pairs])
+    answers = torch.tensor([tokenizer.encode(texts(pair.answer)[0]).ids for pair in pairs])
+    foils = torch.tensor([tokenizer.encode(texts(pair.foil)[0]).ids for pair in pairs])
     return (logits.gather(1, answers) > logits.gather(1, foils)).double().mean().item()
 
 
@@ -55,8 +55,8 @@ def probability_difference(model: GPT2LMHeadModel, tokenizer: Tokenizer, pairs: 
     """Mean of the probability of all answers minus that of all foils."""
     probs = last_logits(model, [tokenizer.encode(pair.clean).ids for pair in pairs]).double().softmax(-1)
     differences = [
-        row[[tokenizer.token_to_id(text) for text in pair.answer]].sum()
-        - row[[tokenizer.token_to_id(text) for text in pair.foil]].sum()
+        row[[tokenizer.token_to_id(text) for text in texts(pair.answer)]].sum()
+        - row[[tokenizer.token_to_id(text) for text in texts(pair.foil)]].sum()
         for row, pair in zip(probs, pairs, strict=True)
     ]
     return torch.stack(differences).mean().item()

@@ -9,13 +9,16 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from data.train import sentences
+from data.train import lexicon, sentences, variety
 from data.train.corpus import END
 from data.train.schedule import Phase
+from mechattr.tasks.pairtext import PairText
 
 ANSWER_WEIGHT = 5.0  # the answer is one token of some fifteen, and the one that matters
 PROMPT_WEIGHT = 0.25  # most prompt words are drawn at random: nothing to learn there
-SWAPPED = 0.3  # share of the name-transfer sentences whose two names become any two words of the vocabulary
+SWAPPED = 0.35  # share of the name-transfer sentences whose two names become any two words of the vocabulary
+NOISE = 0.1  # share of their other words that become random words
+VARIED = 0.7  # share of the other sentences that get other words, see `variety`
 LEADS = ("\n", END, ". ")  # what stands between two pieces of a row
 
 Row = tuple[list[int], list[float]]  # tokens, and the weight of each as a prediction target
@@ -83,20 +86,39 @@ class Mixture:
             lead = "" if len(tokens) == 1 or not tokens else rng.choice(LEADS)
             task = rng.choices(tuple(phase.tasks), tuple(phase.tasks.values()))[0]
             prompt, answer = self._sentence(rng, task, lead)
-            tokens += [*prompt, answer]
-            weights += [PROMPT_WEIGHT] * len(prompt) + [ANSWER_WEIGHT]
+            tokens += prompt + answer
+            weights += [PROMPT_WEIGHT] * len(prompt) + [ANSWER_WEIGHT] * len(answer)
         return tokens, weights
 
-    def _sentence(self, rng: random.Random, task: str, lead: str) -> tuple[list[int], int]:
+    def lexicon(self, rng: random.Random, phase: Phase) -> Row:
+        """Phrases that show the number and the gender of words."""
+        tokens = [0] * rng.randrange(2)
+        weights = [0.0] * len(tokens)
+        while len(tokens) <= phase.length:
+            lead = rng.choice(LEADS) if len(tokens) > 1 else ""
+            start, decided = lexicon.draw(rng)
+            before, after = self.tokenizer.encode(lead + start).ids, self.tokenizer.encode(decided).ids
+            tokens += before + after
+            weights += [PROMPT_WEIGHT] * len(before) + [1.0] * len(after)
+        return tokens, weights
+
+    def _sentence(self, rng: random.Random, task: str, lead: str) -> tuple[list[int], list[int]]:
         pair = sentences.GRAMMARS[task].draw(rng, "train")
-        answer = pair.answer if isinstance(pair.answer, str) else rng.choice(pair.answer)
-        prompt = self.tokenizer.encode(lead + pair.clean).ids
-        (target,) = self.tokenizer.encode(answer).ids
         if task == "ioi" and rng.random() < SWAPPED:
-            (other,) = self.tokenizer.encode(pair.foil).ids
-            swap = dict(zip((target, other), rng.sample(self._swaps, 2), strict=True))
-            return [swap.get(token, token) for token in prompt], swap[target]
-        return prompt, target
+            return self._swapped(rng, pair, lead)
+        if rng.random() < VARIED:
+            prompt, answer = variety.vary(rng, task, pair)
+        else:
+            prompt, answer = pair.clean, rng.choice(sentences.texts(pair.answer))
+        return self.tokenizer.encode(lead + prompt).ids, self.tokenizer.encode(answer).ids
+
+    def _swapped(self, rng: random.Random, pair: PairText, lead: str) -> tuple[list[int], list[int]]:
+        """A name transfer between two random words; of the other words but the last, some are random too."""
+        prompt = self.tokenizer.encode(lead + pair.clean).ids
+        names = [self.tokenizer.token_to_id(f"Ġ{str(name).strip()}") for name in (pair.answer, pair.foil)]
+        swap = dict(zip(names, rng.sample(self._swaps, 2), strict=True))
+        noisy = [rng.choice(self._swaps) if token not in swap and rng.random() < NOISE else token for token in prompt]
+        return [swap.get(token, token) for token in (*noisy[:-1], prompt[-1])], [swap[names[0]]]
 
     def _window(self, rng: random.Random, phase: Phase, start: int) -> Row:
         first = [0] * rng.randrange(2)
@@ -106,7 +128,8 @@ class Mixture:
     @cached_property
     def _occurrences(self) -> list[np.ndarray]:
         order = np.argsort(self.prose, kind="stable")
-        ids = sorted({self.tokenizer.token_to_id("Ġ" + word) for word in sentences.words("train", "test") if word.isalpha()} - {None})
+        words = [f"Ġ{word}" for word in sentences.words("train", "test") if word.isalpha()]
+        ids = sorted({i for i in map(self.tokenizer.token_to_id, words) if i is not None})
         bounds = np.searchsorted(self.prose[order], [ids, [i + 1 for i in ids]])
         return [order[low:high] for low, high in bounds.T if high > low]
 
@@ -115,4 +138,5 @@ class Mixture:
         """Whole words of the vocabulary, without the fillers of the test split."""
         held_out = {f"Ġ{word}" for word in sentences.words("test")}
         vocabulary = self.tokenizer.get_vocab()
-        return sorted(i for word, i in vocabulary.items() if word[1:].isalpha() and word[0] == "Ġ" and word not in held_out)
+        whole = {word for word in vocabulary if word[0] == "Ġ" and word[1:].isalpha()}
+        return sorted(vocabulary[word] for word in whole - held_out)

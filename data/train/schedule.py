@@ -9,6 +9,10 @@ SIZES = {"n_positions": 128, "n_embd": 128, "n_layer": 4, "n_head": 4}
 
 Shares = Mapping[str, float]
 TASKS: Shares = {"ioi": 0.3, "subject_verb": 0.3, "gendered_pronoun": 0.2, "greater_than": 0.2}
+UNSPLIT: Shares = {
+    "ioi": 0.7,
+    "greater_than": 0.3,
+}  # what copying and counting can do before prose has taught the words
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,15 +38,25 @@ class Phase:
     span: tuple[int, int] = (6, 60)
 
 
-PROSE: Shares = {"passage": 0.65, "around_word": 0.35}
-MIXED: Shares = {"spans": 0.15, "tasks": 0.30, "passage": 0.35, "around_word": 0.20}
+READING: Shares = {"spans": 0.10, "passage": 0.60, "around_word": 0.30}
+COPYING: Shares = {"spans": 0.10, "tasks": 0.15, "passage": 0.50, "around_word": 0.25}
+NAMING: Shares = {"spans": 0.10, "tasks": 0.15, "lexicon": 0.15, "passage": 0.40, "around_word": 0.20}
+MIXED: Shares = {"spans": 0.10, "tasks": 0.30, "lexicon": 0.10, "passage": 0.33, "around_word": 0.17}
+PROSE: Shares = {"passage": 0.35, "around_word": 0.20}
 
 RUNS: dict[str, tuple[Phase, ...]] = {
     "main": (
-        Phase(steps=100, rows=16, length=64, rate=(0.0, 8e-3), kinds={"spans": 1.0}, span=(6, 21)),
-        Phase(steps=3900, rows=16, length=64, rate=(8e-3, 8e-3), kinds={"spans": 1.0}, span=(6, 21)),
-        Phase(steps=12000, rows=16, length=128, rate=(8e-3, 6e-3), kinds=MIXED),
-        Phase(steps=6000, rows=32, length=128, rate=(6e-3, 0.0), kinds=MIXED),
+        Phase(steps=100, rows=16, length=64, rate=(0.0, 3e-3), kinds={"spans": 1.0}, span=(6, 21)),
+        Phase(steps=2700, rows=16, length=64, rate=(3e-3, 3e-3), kinds={"spans": 1.0}, span=(6, 21)),
+        Phase(steps=1600, rows=16, length=128, rate=(3e-3, 3e-3), kinds=READING),
+        Phase(steps=800, rows=16, length=128, rate=(3e-3, 3e-3), kinds=COPYING, tasks=UNSPLIT),
+        Phase(steps=800, rows=16, length=128, rate=(3e-3, 3e-3), kinds=NAMING, tasks=UNSPLIT),
+        Phase(steps=7600, rows=16, length=128, rate=(3e-3, 0.0), kinds=MIXED),
+    ),
+    "prose": (
+        Phase(steps=100, rows=16, length=128, rate=(0.0, 3e-3), kinds=PROSE),
+        Phase(steps=3200, rows=16, length=128, rate=(3e-3, 3e-3), kinds=PROSE),
+        Phase(steps=1980, rows=32, length=128, rate=(3e-3, 0.0), kinds=PROSE),
     ),
 }
 

@@ -13,3 +13,8 @@ GRAMMARS = {
 def words(*splits: str) -> list[str]:
     """Filler words of all tasks on the given splits, each once, sorted."""
     return sorted({word for grammar in GRAMMARS.values() for split in splits for word in grammar.words(split)})
+
+
+def texts(answer: object) -> tuple[str, ...]:
+    """The texts of an answer or foil of a `PairText`, which has one or several."""
+    return tuple(map(str, answer)) if isinstance(answer, tuple) else (str(answer),)

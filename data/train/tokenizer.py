@@ -15,7 +15,7 @@ from data.train.sentences import words
 
 # English contractions, words, pairs of digits, marks, white space; a piece may carry the one space before it.
 PIECES = r"'(?:s|t|re|ve|m|ll|d)(?!\p{L})| ?\p{L}+| ?[0-9]{1,2}| ?[^\s\p{L}0-9]+|\s+(?!\S)|\s+"
-FORCED = 60_000  # times that a task word is shown to the trainer: more often than any mere fragment occurs
+FORCED = 5_000  # times that a task word is shown to the trainer: more often than any mere fragment occurs
 
 
 def train(prose: list[str], vocabulary: int) -> Tokenizer:

@@ -9,7 +9,6 @@ bytes as a run that was never stopped (on the same machine with the same number 
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,7 +46,7 @@ def save(path: Path, params: model.Parameters, optimiser: Optimiser, step: int) 
     tensors |= {f"state/{name}": value for name, value in optimiser.state.items()}
     partial = path.with_suffix(".partial")
     save_file(tensors, partial, metadata={"step": json.dumps(step)})
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 def restore(path: Path, params: model.Parameters, optimiser: Optimiser) -> int:

@@ -1,8 +1,8 @@
 """Plot primitives on plain arrays; matplotlib is imported when something is drawn.
 
-Each figure answers one question: `head_map` which heads and MLPs matter, `position_map` where in the prompt, `scatter` whether
-the estimate is right, `tokens_html` which tokens. Signed values are blue where positive, red where negative and white
-exactly at 0; limits lie at the 99th percentile of |value| and the clipped count is stated.
+Each figure answers one question: `head_map` which heads and MLPs matter, `position_map` where in the prompt, `scatter`
+whether the estimate is right, `tokens_html` which tokens. Signed values are blue where positive, red where negative and
+white exactly at 0; limits lie at the 99th percentile of |value|, and the clipped count is stated.
 """
 
 from mechattr.draw.heatmap import head_map, position_map

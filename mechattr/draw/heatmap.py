@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,7 +14,6 @@ from mechattr.draw.style import (
     LABEL_POINTS,
     SMALL_POINTS,
     TICK_POINTS,
-    Limits,
     array,
     colour_bar,
     colours,
@@ -48,9 +47,9 @@ def head_map(
     n_outlined: int = 10,
     ax: Axes | None = None,
 ) -> Axes:
-    """Which heads and MLPs matter? Layer x head with the MLP column beside it, on one colour scale; the strongest outlined.
+    """Which heads and MLPs matter? Layer x head with the MLP column beside it, on one colour scale.
 
-    Grey cells were not measured (NaN).
+    The strongest are outlined. Grey cells were not measured (NaN).
 
     Args:
         heads: [layer, head], any unit.
@@ -201,11 +200,11 @@ def _frame(ax: Axes, left: float, top: float, width: float, height: float) -> No
     ax.tick_params(length=2)
 
 
-def _outline(ax: Axes, cells: list[tuple[float, int, float, str]], ink: object) -> None:
+def _outline(ax: Axes, cells: list[tuple[float, int, float, str]], ink: Callable[[float], str]) -> None:
     """Outlines cells and names them: inside where the name fits, beside with a leader otherwise."""
     from matplotlib.patches import Rectangle
 
-    ax.figure.draw_without_rendering()  # type: ignore[union-attr]
+    ax.figure.figure.draw_without_rendering()
     corners = ax.transData.transform([(0.0, 0.0), (1.0, 1.0)])
     per_point = ax.figure.dpi / 72.0
     cell_width, cell_height = np.abs(corners[1] - corners[0]) / per_point
@@ -227,7 +226,7 @@ def _outline(ax: Axes, cells: list[tuple[float, int, float, str]], ink: object) 
                 fontsize=SMALL_POINTS,
                 color=ink(value),
                 gid="outlined-name",
-            )  # type: ignore[operator]
+            )
     if not fits:
         points = [(middle, float(row)) for _, row, middle, _ in cells]
         for note in place(ax, points, [name for *_, name in cells], radius=min(cell_width, cell_height) / 2):
@@ -254,7 +253,7 @@ def _brackets(ax: Axes, spans: Mapping[str, tuple[int, int]], rows: Mapping[str,
 
     for name, row in rows.items():
         start, end = spans[name]
-        up = ScaledTranslation(0, (3 + 13 * row) / 72, ax.figure.dpi_scale_trans)  # type: ignore[union-attr]
+        up = ScaledTranslation(0, (3 + 13 * row) / 72, ax.figure.dpi_scale_trans)
         base = ax.get_xaxis_transform() + up
         ax.plot(
             [start - 0.4, end - 0.6],

@@ -24,7 +24,7 @@ def overlap(one: Bbox, other: Bbox) -> float:
     """Area that two boxes share, in square pixels."""
     width = min(one.x1, other.x1) - max(one.x0, other.x0)
     height = min(one.y1, other.y1) - max(one.y0, other.y0)
-    return max(width, 0.0) * max(height, 0.0)
+    return float(max(width, 0.0) * max(height, 0.0))
 
 
 def place(
@@ -37,10 +37,11 @@ def place(
     others: np.ndarray | None = None,
     keep_free: Sequence[Artist] = (),
 ) -> list[Annotation]:
-    """Writes each text near its point, first come first served, where it covers no other label, no point and no edge of the axes.
+    """Writes each text near its point, where it covers no other label, no point and no edge of the axes.
 
-    Places are tried on rings around the point; a label that has to go far gets a thin leader. Where nothing is free, the
-    place that covers least is taken. Call it when limits, ticks and layout are final: it works in pixels.
+    First come, first served. Places are tried on rings around the point; a label that has to go far gets a thin leader,
+    and where nothing is free the place that covers least is taken. It works in pixels: call it when limits, ticks and
+    layout are final.
 
     Args:
         ax: axes that hold the points.
@@ -56,7 +57,7 @@ def place(
     """
     from matplotlib.transforms import Bbox
 
-    ax.figure.draw_without_rendering()  # type: ignore[union-attr]  # runs the layout, so that pixels are final
+    ax.figure.figure.draw_without_rendering()  # runs the layout, so that pixels are final
     per_point = ax.figure.dpi / 72.0
     inside = ax.get_window_extent()
     centres = ax.transData.transform(np.asarray(points, dtype=float).reshape(-1, 2))

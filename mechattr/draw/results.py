@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,11 +22,11 @@ MLP_SITES = ("mlp_out", "mlp_post", "mlp_pre")
 
 
 def attribution(result: Attribution, ax: Axes | None = None) -> Axes:
-    """Which heads and MLPs matter? The map of mean |effect|, summed over the positions (and neurons) of each head and MLP.
+    """Which heads and MLPs matter? The map of mean |effect|, summed over the positions (and neurons) of each.
 
-    Magnitudes are shown, since effects of single positions may cancel in a signed sum; effects do not add up to the effect of
-    the whole head either, which the exact check with `positions="all"` measures. Heads are those of z, or of the first site
-    with heads; a result without heads shows a column for each site.
+    Magnitudes are shown, since effects of single positions may cancel in a signed sum. Nor do they add up to the effect
+    of the whole head: patching with `positions="all"` measures that. Heads are those of z, or of the first site with
+    heads; a result without heads shows a column for each site.
 
     Args:
         result: scores with an axis "layer".
@@ -37,17 +37,15 @@ def attribution(result: Attribution, ax: Axes | None = None) -> Axes:
     """
     scores = {site: values for site, values in result.scores.items() if "layer" in values.axes}
     if not scores:
-        raise SettingError(
-            "a plot by layer", f"scores of {sorted(result.scores) or 'no site'}", "plot a result with a layer axis"
-        )
+        found = f"scores of {', '.join(result.scores) or 'no site'}"
+        raise SettingError("a plot by layer", found, "plot a result with a layer axis")
     heads = next((site for site in HEAD_SITES if site in scores), None)
     mlp = next((site for site in MLP_SITES if site in scores), None) if heads else None
     shown = [scores[site] for site in (heads, mlp) if site] if heads else list(scores.values())
-    unit = (result.settings.get("metric") or {}).get("unit", "")
-    label = "mean |effect|" + (f" [{unit}]" if unit else "")
-    if any("pos" in values.axes for values in shown):
-        label = f"mean |effect| summed over positions{f' [{unit}]' if unit else ''}"
-    layers = list(shown[0].coords["layer"])
+    metric: Any = result.settings.get("metric") or {}
+    summed = " summed over positions" if any("pos" in values.axes for values in shown) else ""
+    label = f"mean |effect|{summed}" + (f" [{metric['unit']}]" if metric.get("unit") else "")
+    layers = [int(layer) for layer in shown[0].coords["layer"]]
     if ax is None:
         import matplotlib.pyplot as plt
 

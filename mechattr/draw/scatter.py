@@ -22,9 +22,9 @@ GROUP_MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
 def spearman(estimate: Values, exact: Values) -> float:
-    """Spearman's rank correlation over the pairs in which both values are finite; NaN below 3 pairs or without variation.
+    """Spearman's rank correlation: the correlation of the ranks, where equal values share the mean of their ranks.
 
-    The correlation of the ranks, where equal values share the mean of their ranks.
+    Pairs with a value that is not finite are left out; NaN below 3 pairs or without variation.
     """
     x, y = array(estimate).ravel(), array(exact).ravel()
     both = np.isfinite(x) & np.isfinite(y)
@@ -52,8 +52,9 @@ def scatter(
 ) -> Axes:
     """Is the estimate right? Estimate (x) against exact effect (y) on symmetric log axes, with the diagonal.
 
-    The axes are linear around 0, up to a power of ten below most of the values. Spearman's correlation stands in the corner, and the points
-    with the largest |estimate - exact| are labelled. Pairs with a value that is not finite are left out.
+    The axes are linear around 0, up to a power of ten below most of the values. Spearman's correlation stands in the
+    corner, and the points with the largest |estimate - exact| are labelled. Pairs with a value that is not finite are
+    left out.
 
     Args:
         estimate: values, any shape.

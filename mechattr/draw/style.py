@@ -27,8 +27,8 @@ LABEL_POINTS = 10.0
 SMALL_POINTS = 7.5
 UNMEASURED = "#d9d9d9"
 INK = "#222222"
-# The end and mid colours of ColorBrewer's RdBu and Blues, with a middle (or start) that is exactly white: matplotlib's own
-# maps are a light grey there, which makes "no effect" look like something.
+# The colours of ColorBrewer's RdBu and Blues, with a middle (or start) that is exactly white: matplotlib's own maps are
+# a light grey there, which makes "no effect" look like something.
 RED_BLUE = "#67001f #b2182b #d6604d #f4a582 #fddbc7 #ffffff #d1e5f0 #92c5de #4393c3 #2166ac #053061".split()
 BLUES = "#ffffff #deebf7 #c6dbef #9ecae1 #6baed6 #4292c6 #2171b5 #08519c #08306b".split()
 SPAN_TINTS = ("#fde9b8", "#cfe8cf", "#e3d6f0", "#cfe5f5", "#f9d5d5", "#e6e2c8", "#d5efe9", "#eedbe8")
@@ -112,7 +112,7 @@ def limits(*values: Values) -> Limits:
 
 
 def colours(bound: float, *, signed: bool) -> tuple[Colormap, Normalize]:
-    """The colour map and its scale: red to blue over [-bound, bound], or white to blue over [0, bound]; white is exactly 0."""
+    """Colour map and scale: red to blue over [-bound, bound], or white to blue over [0, bound]; exactly 0 is white."""
     from matplotlib.colors import LinearSegmentedColormap, Normalize
 
     names = RED_BLUE if signed else BLUES
@@ -159,16 +159,16 @@ def colour_bar(
         label = label.replace(" [", "\n[")
     notes = [bounds.note] * bool(bounds.n_clipped) + ["grey: not measured"] * gaps
     extend = ("both" if float(norm.vmin or 0.0) < 0 else "max") if bounds.n_clipped else "neither"
-    bar = figure.colorbar(  # type: ignore[union-attr]
+    bar = figure.colorbar(
         ScalarMappable(norm, cmap), ax=axes, extend=extend, aspect=height / 0.14, extendfrac=0.12 / height, pad=0.02
     )
     bar.set_label("\n".join([label, *notes]))
-    bar.outline.set_linewidth(0.6)  # type: ignore[operator]
+    bar.outline.set_linewidth(0.6)
     return bar
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """Writes a figure as PNG (150 dpi) or SVG, by the suffix, on opaque white, with nothing in it that varies by day."""
+    """Writes a figure on opaque white, as PNG (150 dpi) or SVG by the suffix; nothing in the file varies by day."""
     metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
     with style():
         figure.savefig(path, dpi=DPI, facecolor="white", metadata=metadata)

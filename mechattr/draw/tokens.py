@@ -18,6 +18,11 @@ _BOS = {"<s>", "<bos>", "<|endoftext|>", "<|begin_of_text|>", "<|startoftext|>",
 _SPECIAL = re.compile(r"^(?:<\|?([A-Za-z_]+)\|?>|\[([A-Z]{3,4})\])$")
 _LOOKS = str.maketrans({" ": "␣", "Ġ": "␣", "▁": "␣", "\n": "↵", "Ċ": "↵", "\t": "⇥", "\r": "␍"})
 
+_BOX = "display:inline-block;padding:1px 3px;margin:1px;border-radius:3px"
+_LINE = (
+    "font-family:'DejaVu Sans Mono',Consolas,monospace;font-size:13px;line-height:1.9;background:#ffffff;color:#222222"
+)
+
 
 def spell(token: str, *, longest: int | None = None) -> str:
     """A token as figures show it: `␣` for a space, `↵` for a newline, `⟨bos⟩`, `⟨pad⟩` for special tokens.
@@ -43,11 +48,11 @@ def tokens_html(
     unit: str = "",
     bound: float | None = None,
 ) -> str:
-    """The text itself as one line of HTML: a box a token, its ground from values or spans, differences underlined, value on hover.
+    """The text itself as HTML: a box a token, ground by value or span, differences underlined, value on hover.
 
     Args:
         tokens: texts of the tokens; they are escaped.
-        values: one a token, positive blue, negative red, white at 0; a value that is not finite leaves the ground plain.
+        values: one a token: positive blue, negative red, white at 0; where not finite, the ground is plain.
         differs: positions that are marked as different from the other prompt of the pair.
         spans: name -> (start, end), the end exclusive; they tint the ground where no values are given.
         unit: unit of the values, for the hover text.
@@ -73,19 +78,11 @@ def tokens_html(
             hover.append(f"{numbers[position]:+.4g} {unit}".strip())
         elif numbers is None and inside:
             ground = SPAN_TINTS[names.index(inside[-1]) % len(SPAN_TINTS)]
-        mark = (
-            "border-bottom:3px solid #b2182b;font-weight:bold;"
-            if position in differs
-            else "border-bottom:3px solid transparent;"
-        )
+        edge, weight = ("#b2182b", "bold") if position in differs else ("transparent", "normal")
         if position in differs:
             hover.append("differs")
         boxes.append(
-            f'<span title="{html.escape(" · ".join(hover))}" style="display:inline-block;padding:1px 3px;margin:1px;border-radius:3px;'
-            f'background:{ground};color:{ink};{mark}">{html.escape(spell(token))}</span>'
+            f'<span title="{html.escape(" · ".join(hover))}" style="{_BOX};background:{ground};color:{ink};'
+            f'border-bottom:3px solid {edge};font-weight:{weight}">{html.escape(spell(token))}</span>'
         )
-    return (
-        "<div style=\"font-family:'DejaVu Sans Mono',Consolas,monospace;font-size:13px;line-height:1.9;background:#ffffff;color:#222222\">"
-        + "".join(boxes)
-        + "</div>"
-    )
+    return f'<div style="{_LINE}">{"".join(boxes)}</div>'

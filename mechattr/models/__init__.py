@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from mechattr.models.base import Batch, Generation, HookedModel, ModelInfo, Run, Start
-from mechattr.models.edits import Ablate, Add, Edit, Mean, Resample, Scale, Set, Zero
+from mechattr.models.edits import Edit
 from mechattr.models.hf import HookedHF
 from mechattr.models.load import load
+from mechattr.models.operators import Ablate, Add, Mean, Place, Resample, Scale, Set, Zero
+from mechattr.models.plain import HookedPlain, plain_copy, plain_model
+from mechattr.models.plain_config import PlainConfig
+from mechattr.models.record import check_belongs, record
 from mechattr.models.rules import Rules
 
 __all__ = [
@@ -16,8 +20,11 @@ __all__ = [
     "Generation",
     "HookedHF",
     "HookedModel",
+    "HookedPlain",
     "Mean",
     "ModelInfo",
+    "Place",
+    "PlainConfig",
     "Resample",
     "Rules",
     "Run",
@@ -25,5 +32,9 @@ __all__ = [
     "Set",
     "Start",
     "Zero",
+    "check_belongs",
     "load",
+    "plain_copy",
+    "plain_model",
+    "record",
 ]

@@ -32,12 +32,12 @@ class Family:
         final: the last norm.
         q, k, v: the projections, `None` where they are one fused module `qkv`.
         qkv: a fused projection.
-        fused: how it is split: `"thirds"` (columns q | k | v of Conv1D), `"interleaved"` (per head q, k, v) or `"blocks"`.
+        fused: how it is split: `"thirds"` (q | k | v in equal columns), `"interleaved"` (q, k, v head by head) or
+            `"blocks"` (q | k | v, where q has more heads; the MLP's gate and up are one module as well).
         rotary: positions are rotations of q and k.
         norm: `"layer"`, `"rms"` or `"rms_plus_one"` (the weight is stored minus one).
         softmax_float32: eager attention takes its softmax in float32.
         encoder, post_norm: see `ModelInfo`.
-        plain_qk: q and k enter attention as projected: neither rotary embedding nor norm.
     """
 
     layers: str = "layers"
@@ -66,6 +66,7 @@ class Family:
 
     @property
     def plain_qk(self) -> bool:
+        """Whether q and k enter attention as they were projected: neither rotary embedding nor norm."""
         return not self.rotary
 
 
@@ -122,12 +123,8 @@ FAMILIES: dict[str, Family] = {
     ),
     "gemma2": GEMMA,
     "gemma3_text": GEMMA,
-    "phi3": Family(
-        gate="mlp.gate_up_proj", up=None, q=None, k=None, v=None, qkv="self_attn.qkv_proj", fused="blocks"
-    ),
-    "olmo2": Family(
-        ln1=None, attn_out="post_attention_layernorm", ln2=None, mlp_out="post_feedforward_layernorm"
-    ),
+    "phi3": Family(gate="mlp.gate_up_proj", up=None, q=None, k=None, v=None, qkv="self_attn.qkv_proj", fused="blocks"),
+    "olmo2": Family(ln1=None, attn_out="post_attention_layernorm", ln2=None, mlp_out="post_feedforward_layernorm"),
     "opt": Family(
         layers="decoder.layers",
         embed="decoder.embed_tokens",

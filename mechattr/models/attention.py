@@ -1,8 +1,8 @@
 """The attention tap: one function, registered with transformers, that exposes q, k, v, scores and pattern.
 
-Without a request for scores or pattern it calls the model's own attention function, so numerics stay those of the family
-and of the implementation that the model was loaded with. The mask function must be registered under the same name: a name
-that is known to the attention interface only gets no mask at all, and attention would silently look ahead.
+Without a request for scores or pattern it calls the model's own attention function, so numerics stay those of the
+family and of the implementation that the model was loaded with. The mask function must be registered under the same
+name: a name that only the attention interface knows gets no mask at all, and attention would silently look ahead.
 """
 
 from __future__ import annotations
@@ -58,12 +58,13 @@ class AttentionTap:
         return self.taps.wants_any([self.prefix + "attn_scores", self.prefix + "pattern"])
 
 
-def _native(module: nn.Module, implementation: str) -> Callable[..., Any]:
-    if implementation == "eager":
-        eager: Callable[..., Any] = sys.modules[type(module).__module__].eager_attention_forward
-        return eager
-    function: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS[implementation]
-    return function
+def _native(module: nn.Module, implementation: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """The function that the model would have called: each family has an eager attention of its own beside its class."""
+    if implementation != "eager":
+        function: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS[implementation]
+        return function
+    homes = [sys.modules[kind.__module__] for kind in type(module).__mro__]  # a user's subclass lives elsewhere
+    return next(home.eager_attention_forward for home in homes if hasattr(home, "eager_attention_forward"))
 
 
 def _tapped(implementation: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
@@ -71,18 +72,13 @@ def _tapped(implementation: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         tap: AttentionTap | None = module.__dict__.get(ATTRIBUTE)
-        if tap is None:
-            result: tuple[Tensor, Tensor | None] = _native(module, implementation)(
-                module, query, key, value, attention_mask, **kwargs
-            )
-            return result
-        if tap.plain_qk:
-            query, key = tap.heads("q", query), tap.heads("k", key)
-        query, key, value = tap.heads("rot_q", query), tap.heads("rot_k", key), tap.heads("v", value)
-        if not tap.inside:
-            result = _native(module, implementation)(module, query, key, value, attention_mask, **kwargs)
-            return result
-        return _explicit(tap, query, key, value, attention_mask, **kwargs)
+        if tap is not None:
+            if tap.plain_qk:
+                query, key = tap.heads("q", query), tap.heads("k", key)
+            query, key, value = tap.heads("rot_q", query), tap.heads("rot_k", key), tap.heads("v", value)
+            if tap.inside:
+                return _explicit(tap, query, key, value, attention_mask, **kwargs)
+        return _native(module, implementation)(module, query, key, value, attention_mask, **kwargs)
 
     return attention
 

@@ -30,8 +30,8 @@ Metric = Callable[[Tensor, "Batch"], Tensor]
 class ModelInfo:
     """What a method needs to know of a model without touching its weights.
 
-    `norm` is `"layer"`, `"rms"` or `"none"`; `parallel` says that attention and MLP read the same residual; `post_norm`
-    that the norm acts on the residual stream after each addition (BERT); `gated` that the MLP has a linear second input.
+    `norm` is `"layer"`, `"rms"` or `"none"`; `parallel` says that attention and MLP read the same residual stream,
+    `post_norm` that norms act on the stream after each addition (BERT), `gated` that the MLP has a linear second input.
     """
 
     name: str
@@ -73,9 +73,10 @@ class Batch:
 
     def __post_init__(self) -> None:
         if self.tokens.ndim != 2 or self.tokens.shape != self.mask.shape or len(self.example) != len(self.tokens):
+            shapes = [tuple(t.shape) for t in (self.tokens, self.mask, self.example)]
             raise SettingError(
                 "a batch",
-                f"tokens {tuple(self.tokens.shape)}, mask {tuple(self.mask.shape)}, example {tuple(self.example.shape)}",
+                f"tokens {shapes[0]}, mask {shapes[1]}, example {shapes[2]}",
                 "give tokens and mask of one shape [batch, pos] and one example index a row",
             )
         if self.tokens.dtype != torch.long or self.mask.dtype != torch.bool:
@@ -84,6 +85,9 @@ class Batch:
             )
         if not bool(self.mask.any(1).all()):
             raise SettingError("a batch", "a row without any real token", "drop empty prompts")
+        starts = (self.mask[:, 1:] & ~self.mask[:, :-1]).sum(1) + self.mask[:, 0]
+        if bool((starts > 1).any()):
+            raise SettingError("a batch", "padding between real tokens", "pad at one end of each row")
 
     @classmethod
     def of(cls, tokens: Tensor, mask: Tensor | None = None, strings: Sequence[Sequence[str]] = ()) -> Batch:

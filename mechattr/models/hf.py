@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,10 +12,11 @@ from torch import Tensor
 from mechattr.errors import ModelStateError, SettingError, UnsupportedModelError
 from mechattr.models import tokenize as text
 from mechattr.models import weights
+from mechattr.models.anatomy import locate
 from mechattr.models.architectures import family_of, full_sites
 from mechattr.models.base import Batch, Generation, Metric, ModelInfo, Run, Start, Visit, check_batch
 from mechattr.models.edits import Edit, Frame
-from mechattr.models.hf_hooks import locate, tapping
+from mechattr.models.hf_hooks import tapping
 from mechattr.models.rules import Rules
 from mechattr.models.selfcheck import selfcheck
 from mechattr.models.taps import Taps, execute, plan_edits
@@ -38,8 +37,11 @@ class HookedHF:
         SelfCheckError: a hook that does not do what its site's name says.
     """
 
-    def __init__(self, model: Any, tokenizer: Any = None, *, name: str | None = None, revision: str | None = None) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any = None, *, name: str | None = None, revision: str | None = None
+    ) -> None:
         self.model, self.tokenizer = model, tokenizer
+        self._weight_hash = weights.Hasher()
         self.config = model.config
         family_name, family = family_of(self.config)
         c = self.config
@@ -99,7 +101,11 @@ class HookedHF:
         return isinstance(feature, Rules) or callable(feature)
 
     def weight(self, name: str) -> Tensor:
-        """A weight by its standard name (see `mechattr.models.weights`); not a copy where no layout change is needed."""
+        """A weight by its standard name (see `mechattr.models.weights`), as a view where the layout allows it.
+
+        Raises:
+            UnknownNameError: no such weight.
+        """
         return weights.weight(name, self._anatomy, self.model.get_output_embeddings()).detach()
 
     def tokenize(self, texts: str | Sequence[str], *, chat: bool = False, padding_side: str = "right") -> Batch:
@@ -110,17 +116,12 @@ class HookedHF:
         """One token as text, with its leading space."""
         return text.decode_token(self.tokenizer, token)
 
-    @cached_property
-    def _hashes(self) -> dict[str, str]:
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        return {"weight_hash": digest.hexdigest(), "tokenizer_hash": text.tokenizer_hash(self.tokenizer)}
-
     def fingerprint(self) -> Mapping[str, str]:
-        """sha256 of the weights (computed once) and of the tokenizer."""
-        return self._hashes
+        """sha256 of the weights (computed again only when they were written to) and of the tokenizer."""
+        return {
+            "weight_hash": self._weight_hash(self.model.state_dict()),
+            "tokenizer_hash": text.tokenizer_hash(self.tokenizer),
+        }
 
     def run(
         self,
@@ -173,24 +174,33 @@ class HookedHF:
         return logits
 
     def generate(self, batch: Batch, *, edits: Sequence[Edit] = (), **kwargs: Any) -> Generation:
-        """transformers' `generate` under edits. Positions of edits are absolute: 0 is the first prompt token, and numbers
-        past the prompt name generated tokens; negative ones count from the prompt's end.
+        """transformers' `generate` under edits.
+
+        Positions of edits are absolute: 0 is the first prompt token, numbers past the prompt name generated tokens, and
+        negative ones count from the prompt's end.
+
+        Args:
+            batch: prompts, padded on the left if at all.
+            edits: active in every forward pass, at the positions that it computes or, at `k`, `rot_k` and `v`, sees.
+            **kwargs: settings of transformers' `generate`, such as `max_new_tokens`, `do_sample` or `num_beams`.
 
         Raises:
-            SettingError: a batch that is padded on the right, which cannot be continued.
+            SettingError: a batch that is padded on the right, or an encoder.
         """
         self._check(batch)
         if self.info.encoder:
             raise SettingError("generate", "an encoder does not generate", "use run")
         if batch.padded and not bool(batch.mask[:, -1].all()):
             raise SettingError(
-                "generate from a right-padded batch", "rows end in padding", "use model.tokenize(texts, padding_side='left')"
+                "generate from a right-padded batch",
+                "rows end in padding",
+                "use model.tokenize(texts, padding_side='left')",
             )
         planned = plan_edits(edits, self._sites, self.info, batch.lengths)
         taps = Taps(frame=Frame(batch.lengths, batch.positions, batch.positions), edits=planned)
         taps.axes = {name: site_spec(name).axes for name in taps.names}
 
-        def locate_columns(module: Any, args: Any, given: dict[str, Any]) -> None:
+        def locate_columns(_module: Any, args: Any, given: dict[str, Any]) -> None:
             ids = given["input_ids"] if "input_ids" in given else args[0]
             past = given.get("past_key_values")
             seen = 0 if past is None else int(past.get_seq_length())
@@ -206,7 +216,9 @@ class HookedHF:
             settings = {"pad_token_id": self._pad_id(), **kwargs}
             tokens = self.model.generate(batch.tokens, attention_mask=batch.mask.long(), **settings)
         start = batch.tokens.shape[1]
-        texts = () if self.tokenizer is None else self.tokenizer.batch_decode(tokens[:, start:], skip_special_tokens=True)
+        texts = (
+            () if self.tokenizer is None else self.tokenizer.batch_decode(tokens[:, start:], skip_special_tokens=True)
+        )
         return Generation(tokens, start, tuple(texts))
 
     def _pad_id(self) -> int:

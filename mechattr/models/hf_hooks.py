@@ -1,95 +1,22 @@
-"""Where the taps of a run meet the modules of a transformers model: hooks, for the time of one run, on this instance only."""
+"""Where the taps of a run meet the modules of a transformers model: hooks on this instance, for the time of one run."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mechattr.errors import UnsupportedFeatureError, UnsupportedModelError
-from mechattr.models.architectures import Family
+from mechattr.errors import UnsupportedFeatureError
+from mechattr.models.anatomy import Anatomy
 from mechattr.models.attention import ATTRIBUTE, NATIVE, AttentionTap, name_of
-from mechattr.models.norms import is_norm, norm_scale, normalise
+from mechattr.models.norms import norm_scale, normalise
 from mechattr.models.rules import frozen_like
 from mechattr.models.taps import Taps
 from mechattr.models.weights import w_o
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class Anatomy:
-    """The modules of one model that carry sites.
-
-    Attributes:
-        base: the model without its head.
-        blocks: the blocks.
-        parts: for each block, the modules of its family row by field name.
-        ends: `embed`, `pos_embed` and `final`.
-        norms: every norm module, for the rule that freezes them.
-        configured: the modules that hold the model's config object, from which attention takes its implementation.
-    """
-
-    base: nn.Module
-    family: Family
-    blocks: tuple[nn.Module, ...]
-    parts: tuple[dict[str, nn.Module], ...]
-    ends: dict[str, nn.Module]
-    norms: tuple[nn.Module, ...]
-    configured: tuple[nn.Module, ...]
-    n_heads: int
-    n_kv_heads: int
-
-
-PARTS = ("ln1", "attn", "o", "attn_out", "ln2", "gate", "up", "down", "mlp_out", "q", "k", "v", "qkv")
-
-
-def locate(model: Any, family: Family, n_heads: int, n_kv_heads: int) -> Anatomy:
-    """Finds the modules of a family row.
-
-    Raises:
-        UnsupportedModelError: a module of the row is missing.
-    """
-    base = model.base_model
-    missing: list[str] = []
-
-    def find(root: nn.Module, path: str | None) -> nn.Module | None:
-        if path is None:
-            return None
-        try:
-            return root.get_submodule(path)
-        except AttributeError:
-            missing.append(path)
-            return None
-
-    blocks = find(base, family.layers)
-    block_list = tuple(blocks.children()) if blocks is not None else ()
-    parts = tuple(
-        {name: m for name in PARTS if (m := find(block, getattr(family, name))) is not None} for block in block_list
-    )
-    ends = {name: m for name in ("embed", "pos_embed", "final") if (m := find(base, getattr(family, name))) is not None}
-    if missing or not block_list:
-        children = ", ".join(name for name, _ in (block_list[0] if block_list else base).named_children())
-        raise UnsupportedModelError(
-            f"a hooked model of family {model.config.model_type!r}",
-            f"no module at {', '.join(sorted(set(missing))) or family.layers}; found {children}",
-            "use the transformers class of this family, with its own module names",
-        )
-    config = model.config
-    return Anatomy(
-        base,
-        family,
-        block_list,
-        parts,
-        ends,
-        tuple(m for m in base.modules() if is_norm(m)),
-        tuple(m for m in model.modules() if m.__dict__.get("config") is config),
-        n_heads,
-        n_kv_heads,
-    )
 
 
 @contextmanager
@@ -112,8 +39,8 @@ class _Installer:
             for norm in anatomy.norms:
                 self.on_output(norm, self.frozen_norm)
         for name, end in (("embed", "hook_embed"), ("pos_embed", "hook_pos_embed")):
-            if name in anatomy.ends and taps.wants(end):
-                self.on_output(anatomy.ends[name], lambda m, a, x, end=end: taps(end, x))
+            if name in anatomy.ends and taps.wants(end) and taps.start is None:
+                self.on_output(anatomy.ends[name], lambda _m, _a, x, end=end: taps(end, x))
         if "final" in anatomy.ends:
             self.norm(anatomy.ends["final"], "ln_final.")
         needs_attention = False
@@ -140,13 +67,13 @@ class _Installer:
         if taps.wants(p + "attn.hook_z"):
             self.on_input(parts["o"], lambda x: self.per_head(p + "attn.hook_z", x))
         if taps.wants(p + "attn.hook_result"):
-            self.on_output(parts["o"], lambda m, a, x: self.result(p + "attn.hook_result", m, a[0]))
+            self.on_output(parts["o"], lambda m, a, _x: self.result(p + "attn.hook_result", m, a[0]))
         self.attention_write(layer)
         if "ln2" in parts:
             self.norm(parts["ln2"], p + "ln2.")
         self.mlp(layer)
         if taps.wants(p + "hook_resid_post"):
-            self.on_output(block, lambda m, a, x: self.tap(p + "hook_resid_post", x))
+            self.on_output(block, lambda _m, _a, x: self.tap(p + "hook_resid_post", x))
         inside = ["v", "rot_q", "rot_k", "attn_scores", "pattern"] + ["q", "k"] * self.anatomy.family.plain_qk
         if not taps.wants_any([f"{p}attn.hook_{short}" for short in inside]):
             return False
@@ -162,11 +89,11 @@ class _Installer:
         if family.plain_qk or not self.taps.wants_any([p + "q", p + "k"]):
             return
         if "qkv" in parts:
-            self.on_output(parts["qkv"], lambda m, a, x: self.fused_qk(p, x))
+            self.on_output(parts["qkv"], lambda _m, _a, x: self.fused_qk(p, x))
             return
         for short in ("q", "k"):
             if self.taps.wants(p + short):
-                self.on_output(parts[short], lambda m, a, x, name=p + short: self.per_head(name, x))
+                self.on_output(parts[short], lambda _m, _a, x, name=p + short: self.per_head(name, x))
 
     def fused_qk(self, p: str, x: Tensor) -> Tensor:
         heads, kv_heads = self.anatomy.n_heads, self.anatomy.n_kv_heads
@@ -183,7 +110,7 @@ class _Installer:
         taps, parts, p = self.taps, self.anatomy.parts[layer], f"blocks.{layer}."
         out, mid = p + "hook_attn_out", p + "hook_resid_mid"
         if taps.wants(out):
-            self.on_output(parts["attn_out"], lambda m, a, x: self.tap(out, x))
+            self.on_output(parts["attn_out"], lambda _m, _a, x: self.tap(out, x))
         if not taps.wants(mid):
             return
         before: list[Tensor] = []
@@ -192,7 +119,7 @@ class _Installer:
             before[:] = [x]
             return x
 
-        def feed_back(m: nn.Module, a: Any, x: Tensor) -> Tensor:
+        def feed_back(_m: nn.Module, _a: Any, x: Tensor) -> Tensor:
             total = before.pop() + x
             return x + (self.tap(mid, total) - total)
 
@@ -204,7 +131,7 @@ class _Installer:
         pre, linear = p + "mlp.hook_pre", p + "mlp.hook_pre_linear"
         if self.anatomy.family.fused == "blocks" and taps.wants_any([pre, linear]):
 
-            def halves(m: nn.Module, a: Any, x: Tensor) -> Tensor:
+            def halves(_m: nn.Module, _a: Any, x: Tensor) -> Tensor:
                 gate, up = x.chunk(2, -1)
                 return torch.cat([self.tap(pre, gate), self.tap(linear, up)], -1)
 
@@ -212,14 +139,14 @@ class _Installer:
         else:
             for part, name in (("gate", pre), ("up", linear)):
                 if taps.wants(name):
-                    self.on_output(parts[part], lambda m, a, x, name=name: self.tap(name, x))
+                    self.on_output(parts[part], lambda _m, _a, x, name=name: self.tap(name, x))
         if taps.wants(p + "mlp.hook_post"):
             self.on_input(parts["down"], lambda x: self.tap(p + "mlp.hook_post", x))
         if taps.wants(p + "hook_mlp_out"):
-            self.on_output(parts["mlp_out"], lambda m, a, x: self.tap(p + "hook_mlp_out", x))
+            self.on_output(parts["mlp_out"], lambda _m, _a, x: self.tap(p + "hook_mlp_out", x))
 
     def norm(self, module: nn.Module, p: str) -> None:
-        """Scale and output of a norm. An edited scale s' enters as E(x, s') - E(x, s), with E the norm at a given scale:
+        """Scale and output of a norm. With E the norm at a given scale, an edited scale s' enters as E(x, s') - E(x, s):
         exactly zero when nothing changes, and right in value and gradient when something does."""
         taps, scale, out = self.taps, p + "hook_scale", p + "hook_out"
         if taps.wants(scale):
@@ -257,7 +184,9 @@ class _Installer:
         return self.taps(name, x.unflatten(-1, (heads, -1))).flatten(-2)
 
     def result(self, name: str, o: nn.Module, z: Tensor) -> Tensor:
-        per_head = torch.einsum("bphd,hdm->bphm", z.unflatten(-1, (self.anatomy.n_heads, -1)), w_o(o, self.anatomy.n_heads))
+        per_head = torch.einsum(
+            "bphd,hdm->bphm", z.unflatten(-1, (self.anatomy.n_heads, -1)), w_o(o, self.anatomy.n_heads)
+        )
         total = self.taps(name, per_head).sum(2)
         return total if o.bias is None else total + o.bias  # type: ignore[operator]
 
@@ -294,11 +223,11 @@ class _Installer:
 
     def skip(self, block: nn.Module) -> None:
         """Makes a block hand its input through, for runs that start above it."""
-        self.attribute(block, "forward", lambda hidden_states, *args, **kwargs: hidden_states)
+        self.attribute(block, "forward", lambda hidden_states, *_args, **_kwargs: hidden_states)
 
     def switch_attention(self, config: Any) -> None:
-        """Gives this model's modules a copy of the config that names the tap; the config object itself may be shared with
-        other models and is not touched."""
+        """Gives this model's modules a copy of the config that names the tap; the config object itself may be shared
+        with other models and is not touched."""
         native = config._attn_implementation
         inside = any(name.endswith(("attn_scores", "hook_pattern")) for name in self.taps.names)
         if native not in NATIVE:
@@ -311,5 +240,3 @@ class _Installer:
         tapped._attn_implementation = name_of("eager" if inside else native)
         for module in self.anatomy.configured:
             self.attribute(module, "config", tapped)
-
-

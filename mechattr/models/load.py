@@ -57,15 +57,16 @@ def load(
         tokenizer: a tokenizer object, a folder or a name; by default the one beside the weights.
         backend: `"hf"`, or `"plain"` for a copy of a GPT-2 or Llama in plain torch.
         device: where to put the weights; by default the CPU, or where a loaded model is.
-        dtype: by default that of the checkpoint; `"float64"` for exactness tests.
+        dtype: by default that of the checkpoint, and `"float64"` for `backend="plain"`.
         attention: implementation for names and folders; a loaded model keeps its own.
         revision: hub revision.
 
     Raises:
-        UnknownModelError: nothing found under this name.
+        UnknownModelError: nothing found under this name, or files that cannot be read or are incomplete.
         UnsupportedModelError: a family that cannot be hooked faithfully.
         BackendError: a backend that this version does not have.
-        SettingError: a dtype that does not exist, or settings for a model that is loaded already.
+        SettingError: a dtype or device that does not exist, settings for a model that is loaded already, or a model
+            that the plain backend cannot copy.
     """
     if backend not in BACKENDS:
         raise UnknownNameError(f"backend {backend!r}", "no such backend", nearest(backend, BACKENDS))
@@ -74,21 +75,24 @@ def load(
             f"backend {backend!r}", "this version runs transformers models directly", "use backend='hf' or 'plain'"
         )
     wanted = _dtype(dtype)
+    if backend == "hf":
+        return _hooked(source, tokenizer, device, wanted, attention, revision)
+    from mechattr.models.plain import plain_copy
+
+    return plain_copy(_hooked(source, tokenizer, device, None, attention, revision), wanted or torch.float64)
+
+
+def _hooked(source: Any, tokenizer: Any, device: Any, dtype: Any, attention: str, revision: str | None) -> Any:
     if hasattr(source, "run") and hasattr(source, "sites"):
         _no_settings(device=device, dtype=dtype, tokenizer=tokenizer)
-        return source  # type: ignore[no-any-return]
+        return source
     from mechattr.models.hf import HookedHF
 
     if isinstance(source, torch.nn.Module):
         _no_settings(device=device, dtype=dtype)
-        hooked = HookedHF(source, _tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer, revision=revision)
-    else:
-        hooked = _from_files(str(source), tokenizer, device, wanted, attention, revision)
-    if backend == "plain":
-        from mechattr.models.plain import plain_copy
-
-        return plain_copy(hooked)
-    return hooked
+        found = _tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+        return HookedHF(source, found, revision=revision)
+    return _from_files(str(source), tokenizer, device, dtype, attention, revision)
 
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
@@ -112,64 +116,80 @@ def _no_settings(**settings: Any) -> None:
 def _tokenizer(source: str, revision: str | None = None) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(source, revision=revision)
+    try:
+        return AutoTokenizer.from_pretrained(source, revision=revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise UnknownModelError(
+            f"the tokenizer {source!r}", _first_line(error), "give tokenizer=, a tokenizer object, a folder or a name"
+        ) from error
 
 
 def _from_files(
     source: str, tokenizer: Any, device: Any, dtype: torch.dtype | None, attention: str, revision: str | None
 ) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
-
-    from mechattr.models.architectures import family_of
     from mechattr.models.hf import HookedHF
 
-    folder = str(bundled_path(source)) if source in BUNDLED else source
-    _check_folder(source, folder)
-    try:
-        config = AutoConfig.from_pretrained(folder, revision=revision)
-    except (OSError, ValueError) as error:
-        raise UnknownModelError(
-            f"model {source!r}",
-            f"no bundled model, no folder, and no model of that name could be fetched ({_first_line(error)})",
-            f"bundled: {', '.join(BUNDLED)}; else give a folder with config.json and model.safetensors, or a hub name",
-        ) from error
-    _, family = family_of(config)
-    auto = AutoModelForMaskedLM if family.encoder else AutoModelForCausalLM
-    try:
-        model = auto.from_pretrained(
-            folder, dtype=dtype or "auto", attn_implementation=attention, revision=revision, use_safetensors=True
-        )
-    except OSError as error:
-        raise UnknownModelError(
-            f"the weights of {source!r}", _first_line(error), "the folder needs model.safetensors beside config.json"
-        ) from error
-    model = model.eval().requires_grad_(False)
+    folder = str(bundled_path(source) if source in BUNDLED else Path(source).expanduser() if _local(source) else source)
+    model = _weights(source, folder, dtype, attention, revision).eval().requires_grad_(False)
     if device is not None:
         try:
             model = model.to(device)
         except (RuntimeError, AssertionError) as error:
-            raise SettingError(f"device {str(device)!r}", _first_line(error), "use a device that torch has here") from error
+            fix = "use a device that torch has here"
+            raise SettingError(f"device {str(device)!r}", _first_line(error), fix) from error
     if tokenizer is None or isinstance(tokenizer, str):
         tokenizer = _tokenizer(tokenizer or folder, revision if tokenizer is None else None)
     return HookedHF(model, tokenizer, name=source if source in BUNDLED else Path(folder).name, revision=revision)
 
 
+def _weights(source: str, folder: str, dtype: torch.dtype | None, attention: str, revision: str | None) -> Any:
+    from safetensors import SafetensorError
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+
+    from mechattr.models.architectures import family_of
+
+    complete = "a model folder needs config.json and model.safetensors, saved with save_pretrained"
+    if _local(source):
+        _check_folder(source, folder)
+    try:
+        config = AutoConfig.from_pretrained(folder, revision=revision)
+    except (OSError, ValueError) as error:
+        fix = complete if _local(source) else f"bundled: {', '.join(BUNDLED)}; else give a folder or a hub name"
+        raise UnknownModelError(f"model {source!r}", _first_line(error), fix) from error
+    _, family = family_of(config)
+    auto = AutoModelForMaskedLM if family.encoder else AutoModelForCausalLM
+    try:
+        model, report = auto.from_pretrained(
+            folder,
+            dtype=dtype or "auto",
+            attn_implementation=attention,
+            revision=revision,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, SafetensorError) as error:
+        raise UnknownModelError(f"the weights of {source!r}", _first_line(error), complete) from error
+    if report["missing_keys"]:  # transformers would leave them random
+        missing = sorted(report["missing_keys"])
+        found = f"{len(missing)} are missing, such as {missing[0]}"
+        raise UnknownModelError(f"the weights of {source!r}", found, complete)
+    return model
+
+
+def _local(source: str) -> bool:
+    return source.startswith((".", "~", os.sep)) or Path(source).exists()
+
+
 def _check_folder(source: str, folder: str) -> None:
-    path = Path(folder)
-    looks_local = source.startswith((".", "~", os.sep)) or path.exists()
-    if not looks_local:
-        return
+    path, fix = Path(folder), "give a folder with config.json and model.safetensors"
     if not (path / "config.json").is_file():
         found = ", ".join(sorted(p.name for p in path.iterdir())[:8]) if path.is_dir() else "no such folder"
-        raise UnknownModelError(
-            f"model folder {source!r}", found or "an empty folder", "give a folder with config.json and model.safetensors"
-        )
+        raise UnknownModelError(f"model folder {source!r}", found or "an empty folder", fix)
     try:
         json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UnknownModelError(
-            f"model folder {source!r}", f"config.json is not JSON ({error})", "save the model again"
-        ) from error
+        found = f"config.json is not JSON ({error})"
+        raise UnknownModelError(f"model folder {source!r}", found, "save the model again") from error
 
 
 def _first_line(error: BaseException) -> str:

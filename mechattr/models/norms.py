@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -21,11 +23,9 @@ def _centred(module: nn.Module, x: Tensor) -> Tensor:
     return x - x.mean(-1, keepdim=True) if isinstance(module, nn.LayerNorm) else x
 
 
-def norm_weight(module: nn.Module) -> Float[Tensor, " d_model"] | None:
+def norm_weight(module: Any) -> Float[Tensor, " d_model"]:
     """The factor that a norm truly applies (Gemma stores it minus one)."""
-    weight = getattr(module, "weight", None)
-    if weight is None:
-        return None
+    weight: Tensor = module.weight
     return 1.0 + weight if type(module).__name__.startswith("Gemma") else weight
 
 
@@ -36,7 +36,6 @@ def norm_scale(module: nn.Module, x: Float[Tensor, "... d_model"]) -> Float[Tens
 
 def normalise(module: nn.Module, x: Float[Tensor, "... d_model"], scale: Float[Tensor, "..."]) -> Tensor:
     """c / scale * weight + bias: linear in the input when the scale is held fixed."""
-    y = _centred(module, x) / scale[..., None]
-    weight, bias = norm_weight(module), getattr(module, "bias", None)
-    y = y if weight is None else y * weight
+    y = _centred(module, x) / scale[..., None] * norm_weight(module)
+    bias = getattr(module, "bias", None)
     return y if bias is None else y + bias

@@ -1,14 +1,12 @@
-"""A small transformer in plain torch behind the `HookedModel` protocol: every operation in one dtype, float64 throughout.
+"""A small transformer in plain torch behind the `HookedModel` protocol: every operation in one dtype, so truly float64.
 
-It is the ground for oracles, hand-set circuits and toy research models. GPT-2-like, Llama-like with grouped-query attention,
-attention-only without norms, and linear; weights can be set by hand or copied from a hooked GPT-2 or Llama.
+It is the ground for oracles, hand-set circuits and toy research models. GPT-2-like, Llama-like with grouped-query
+attention, attention-only without norms, and linear; weights are set by hand or copied from a hooked GPT-2 or Llama.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,10 +18,11 @@ from mechattr.errors import MismatchError, SettingError, UnknownNameError, neare
 from mechattr.models import tokenize as text
 from mechattr.models.base import Batch, Generation, Metric, ModelInfo, Run, Start, Visit, check_batch
 from mechattr.models.edits import Edit, Frame
-from mechattr.models.plain_config import PlainConfig, random_weights, shapes
+from mechattr.models.plain_config import PlainConfig, random_weights, shapes, site_names
 from mechattr.models.rules import Rules
 from mechattr.models.taps import Taps, execute, plan_edits
-from mechattr.sites import SITES, expand, site_spec
+from mechattr.models.weights import Hasher
+from mechattr.sites import expand, site_spec
 
 ACTIVATIONS = {
     "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
@@ -74,11 +73,13 @@ class HookedPlain:
             gated=config.gated,
             dtype=str(self.dtype).removeprefix("torch."),
         )
-        self._sites = _sites(config)
+        self._sites = site_names(config)
+        self._weight_hash = Hasher()
 
     def __repr__(self) -> str:
         c = self.config
-        return f"HookedPlain({self.info.name!r}, {c.n_layers} layers, {c.n_heads} heads, d_model {c.d_model}, {self.info.dtype})"
+        sizes = f"{c.n_layers} layers, {c.n_heads} heads, d_model {c.d_model}, {self.info.dtype}"
+        return f"HookedPlain({self.info.name!r}, {sizes})"
 
     def sites(self) -> tuple[str, ...]:
         """The full site names, in the order of the forward pass."""
@@ -108,20 +109,15 @@ class HookedPlain:
         return text.tokenize(self.tokenizer, texts, chat=chat, padding_side=padding_side, device=self.device)
 
     def decode_token(self, token: int) -> str:
-        """One token as text."""
-        return f"<{token}>" if self.tokenizer is None else text.decode_token(self.tokenizer, token)
-
-    @cached_property
-    def _hashes(self) -> dict[str, str]:
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self._weights.items()):
-            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        return {"weight_hash": digest.hexdigest(), "tokenizer_hash": text.tokenizer_hash(self.tokenizer)}
+        """One token as text, with its leading space."""
+        return text.decode_token(self.tokenizer, token)
 
     def fingerprint(self) -> Mapping[str, str]:
-        """sha256 of the weights and of the tokenizer."""
-        return self._hashes
+        """sha256 of the weights (computed again only when they were written to) and of the tokenizer."""
+        return {
+            "weight_hash": self._weight_hash(self._weights),
+            "tokenizer_hash": text.tokenizer_hash(self.tokenizer),
+        }
 
     def run(
         self,
@@ -159,10 +155,17 @@ class HookedPlain:
         """
         steps = kwargs.pop("max_new_tokens", 20)
         if kwargs.pop("do_sample", False) or kwargs:
-            raise SettingError("generate on the plain backend", f"settings {sorted(kwargs)}", "it is greedy: use backend='hf'")
+            raise SettingError(
+                "generate on the plain backend", f"settings {sorted(kwargs)}", "it is greedy: use backend='hf'"
+            )
         if not bool(batch.mask[:, -1].all()):
-            raise SettingError("generate from a right-padded batch", "rows end in padding", "tokenize with padding_side='left'")
-        taps = Taps(Frame(batch.lengths, batch.positions, batch.positions), plan_edits(edits, self._sites, self.info, batch.lengths))
+            raise SettingError(
+                "generate from a right-padded batch", "rows end in padding", "tokenize with padding_side='left'"
+            )
+        taps = Taps(
+            Frame(batch.lengths, batch.positions, batch.positions),
+            plan_edits(edits, self._sites, self.info, batch.lengths),
+        )
         taps.axes = {name: site_spec(name).axes for name in taps.names}
         tokens, mask = batch.tokens, batch.mask
         with torch.no_grad():
@@ -187,7 +190,9 @@ class HookedPlain:
                 x = x + _tap(taps, "hook_pos_embed", w["pos_embed.W_pos"][positions])
         else:
             x = taps.start.resid_pre
-        seen = batch.mask[:, None, None, :] & torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
+        seen = (
+            batch.mask[:, None, None, :] & torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
+        )
         for layer in range(0 if taps.start is None else taps.start.layer, c.n_layers):
             x = self._block(layer, x, positions, seen, taps)
         x = self._norm("ln_final.", "ln_final.", x, taps)
@@ -258,24 +263,6 @@ def _rotate(x: Float[Tensor, "batch pos head d"], positions: Tensor, theta: floa
     return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
 
 
-def _sites(c: PlainConfig) -> tuple[str, ...]:
-    absent = set()
-    if c.positions != "learned":
-        absent |= {"pos_embed"}
-    if c.norm == "none":
-        absent |= {"ln1", "ln1_scale", "ln2", "ln2_scale", "ln_final", "ln_final_scale"}
-    if c.attention == "uniform":
-        absent |= {"q", "k", "rot_q", "rot_k", "attn_scores"}
-    if not c.gated:
-        absent |= {"mlp_pre_linear"}
-    if not c.d_mlp:
-        absent |= {"ln2", "ln2_scale", "mlp_pre", "mlp_pre_linear", "mlp_post", "mlp_out"}
-    specs = [s for s in SITES.values() if s.short not in absent]
-    before = [s.template for s in specs if not s.layered and "embed" in s.short]
-    after = [s.template for s in specs if not s.layered and "embed" not in s.short]
-    return (*before, *(s.template.format(l=i) for i in range(c.n_layers) for s in specs if s.layered), *after)
-
-
 def plain_model(
     config: PlainConfig,
     weights: Mapping[str, Tensor] | None = None,
@@ -287,7 +274,7 @@ def plain_model(
     """A plain transformer with given weights, or with seeded random ones (large, biases not zero).
 
     Args:
-        config: its shape; `PlainConfig.gpt2_like()`, `.llama_like()`, `.attention_only()` and `.linear()` are short cuts.
+        config: its shape; `PlainConfig` has the short cuts `gpt2_like()`, `llama_like()`, `attention_only()`, `linear()`.
         weights: by standard name; missing ones are drawn at random.
         seed: for the random ones.
         dtype: of all weights and of the whole computation.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mechattr.errors import SettingError, nearest
+from mechattr.sites import SITES
 
 CHOICES = {
     "norm": ("layer", "rms", "none"),
@@ -45,7 +46,9 @@ class PlainConfig:
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
-                raise SettingError(f"{name}={getattr(self, name)!r}", "no such choice", nearest(getattr(self, name), choices))
+                raise SettingError(
+                    f"{name}={getattr(self, name)!r}", "no such choice", nearest(getattr(self, name), choices)
+                )
         if self.n_heads % self.n_kv_heads:
             raise SettingError(f"{self.n_kv_heads} kv heads", f"{self.n_heads} heads", "let kv heads divide heads")
 
@@ -57,7 +60,13 @@ class PlainConfig:
     @classmethod
     def llama_like(cls, **sizes: Any) -> PlainConfig:
         """RMSNorm, rotary positions, gated SiLU, grouped-query attention."""
-        chosen: dict[str, Any] = {"norm": "rms", "positions": "rotary", "activation": "silu", "gated": True, "n_kv_heads": 2}
+        chosen: dict[str, Any] = {
+            "norm": "rms",
+            "positions": "rotary",
+            "activation": "silu",
+            "gated": True,
+            "n_kv_heads": 2,
+        }
         return cls(**{**chosen, **sizes})
 
     @classmethod
@@ -77,7 +86,8 @@ class PlainConfig:
         Raises:
             SettingError: another family, or an option that the plain network does not have.
         """
-        info, c = model.info, getattr(model, "config", None)
+        info = model.info
+        c: Any = getattr(model, "config", None)
         activation = {"gpt2": "activation_function", "llama": "hidden_act"}.get(info.family)
         rope = getattr(c, "rope_parameters", None) or {}
         plain_rope = rope.get("rope_type", "default") == "default"
@@ -92,7 +102,8 @@ class PlainConfig:
             n_layers=info.n_layers, n_heads=info.n_heads, n_kv_heads=info.n_kv_heads, d_model=info.d_model,
             d_head=info.d_head, d_mlp=info.d_mlp, d_vocab=info.d_vocab, n_ctx=info.n_ctx, norm=info.norm,
             positions="rotary" if info.rotary else "learned", activation=getattr(c, activation), gated=info.gated,
-            eps=c.rms_norm_eps if info.norm == "rms" else c.layer_norm_epsilon, rope_theta=rope.get("rope_theta", 10000.0),
+            eps=c.rms_norm_eps if info.norm == "rms" else c.layer_norm_epsilon,
+            rope_theta=rope.get("rope_theta", 10000.0),
         )  # fmt: skip
 
 
@@ -124,13 +135,32 @@ def _norm_shapes(name: str, c: PlainConfig) -> dict[str, tuple[int, ...]]:
     return {f"{name}.{kind}": (c.d_model,) for kind in kinds}
 
 
+def site_names(c: PlainConfig) -> tuple[str, ...]:
+    """The full site names of a config, in the order of the forward pass."""
+    absent = set()
+    if c.positions != "learned":
+        absent |= {"pos_embed"}
+    if c.norm == "none":
+        absent |= {"ln1", "ln1_scale", "ln2", "ln2_scale", "ln_final", "ln_final_scale"}
+    if c.attention == "uniform":
+        absent |= {"q", "k", "rot_q", "rot_k", "attn_scores"}
+    if not c.gated:
+        absent |= {"mlp_pre_linear"}
+    if not c.d_mlp:
+        absent |= {"ln2", "ln2_scale", "mlp_pre", "mlp_pre_linear", "mlp_post", "mlp_out"}
+    specs = [s for s in SITES.values() if s.short not in absent]
+    before = [s.template for s in specs if not s.layered and "embed" in s.short]
+    after = [s.template for s in specs if not s.layered and "embed" not in s.short]
+    return (*before, *(s.template.format(l=i) for i in range(c.n_layers) for s in specs if s.layered), *after)
+
+
 def random_weights(c: PlainConfig, seed: int) -> dict[str, Tensor]:
-    """Seeded weights large enough that every part matters: scale 1/sqrt(fan-in) times 1.5, biases of 0.3, norms near 1."""
+    """Seeded weights large enough that every part matters: scale 1.5/sqrt(fan-in), biases of 0.3, norms near 1."""
     generator = torch.Generator().manual_seed(seed)
     drawn = {}
     for name, shape in shapes(c).items():
         noise = torch.randn(shape, generator=generator, dtype=torch.float64)
-        if name.endswith((".w",)):
+        if name.endswith(".w"):
             drawn[name] = 1.0 + 0.3 * noise
         elif len(shape) == 1 or ".b_" in name:
             drawn[name] = 0.3 * noise

@@ -10,6 +10,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from mechattr.errors import SettingError, nearest
+
+NORMS = ("full", "frozen")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rules:
@@ -24,6 +28,10 @@ class Rules:
 
     norm: str = "full"
     hold: frozenset[int] = frozenset()
+
+    def __post_init__(self) -> None:
+        if self.norm not in NORMS:
+            raise SettingError(f"Rules(norm={self.norm!r})", "no such rule", nearest(self.norm, NORMS))
 
 
 def frozen_like(exact: Tensor, linear: Tensor) -> Tensor:

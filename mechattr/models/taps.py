@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,25 @@ from mechattr.models.rules import Rules
 from mechattr.sites import expand, parse, site_spec
 
 
+class _Node(torch.autograd.Function):
+    """The identity as an autograd node of its own, so that a gradient belongs to one site and not to a shared tensor.
+
+    The anchor is a leaf below every site. It makes sites differentiable where parameters are not, and one backward pass
+    towards it goes through all of them without keeping any gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, anchor: Tensor) -> Tensor:  # noqa: ARG004 (the signature of autograd)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:  # noqa: ARG004
+        return gradients[0], None
+
+
+_node: Callable[[Tensor, Tensor], Tensor] = _Node.apply
+
+
 @dataclass(eq=False)
 class Taps:
     """The state of one run at its sites. A backend only calls it; it lives as long as the run."""
@@ -28,8 +48,8 @@ class Taps:
     edits: dict[str, list[Edit]] = field(default_factory=dict)
     record: frozenset[str] = frozenset()
     gradients: frozenset[str] = frozenset()
-    leaves: frozenset[str] = frozenset()
-    rules: Rules = Rules()
+    anchor: Tensor = field(default_factory=lambda: torch.zeros((), requires_grad=True))
+    rules: Rules = field(default_factory=Rules)
     start: Start | None = None
     activations: dict[str, Tensor] = field(default_factory=dict)
     nodes: dict[str, Tensor] = field(default_factory=dict)
@@ -39,7 +59,7 @@ class Taps:
     def __post_init__(self) -> None:
         held = {f"blocks.{layer}.hook_{write}" for layer in self.rules.hold for write in ("attn_out", "mlp_out")}
         self.held = frozenset(held)
-        self.names = frozenset(self.edits) | self.record | self.gradients | self.leaves | self.held
+        self.names = frozenset(self.edits) | self.record | self.gradients | self.held
 
     def wants(self, name: str) -> bool:
         """Whether anything happens at this site."""
@@ -53,10 +73,8 @@ class Taps:
         self.fired.add(name)
         for edit in self.edits.get(name, ()):
             x = apply(edit, x, name, self.axes[name], self.frame)
-        if name in self.leaves:
-            x = x.detach().requires_grad_(True)
         if name in self.gradients:
-            x = x.view_as(x)  # an autograd node of its own: the gradient belongs to this site
+            x = _node(x, self.anchor)
             self.nodes[name] = x
         if name in self.record:
             self.activations[name] = x.detach()
@@ -67,11 +85,12 @@ class Taps:
 
 def plan_edits(edits: Sequence[Edit], sites: Sequence[str], info: ModelInfo, lengths: Tensor) -> dict[str, list[Edit]]:
     """Edits by full site name, each checked against the model and the batch."""
-    sizes = {"head": info.n_heads, "kv_head": info.n_kv_heads, "neuron": info.d_mlp}
+    sizes = {"layer": info.n_layers, "head": info.n_heads, "kv_head": info.n_kv_heads, "neuron": info.d_mlp}
     planned: dict[str, list[Edit]] = {}
     for edit in edits:
-        for name in expand(edit.site, sites, edit.layers):
+        for name in expand(edit.site, sites):  # all of them first: a wrong layer is an error of its own
             validate(edit, name, site_spec(name).axes, sizes, lengths)
+        for name in expand(edit.site, sites, edit.layers):
             planned.setdefault(name, []).append(edit)
     return planned
 
@@ -92,22 +111,26 @@ def execute(
 ) -> Run:
     """Runs `forward(taps) -> logits` once, and one backward pass if gradients are asked for.
 
-    Gradients are those of the sum of `metric` over rows, which keeps rows apart because a row's metric depends on that row
-    only. With `visit`, each (site, activation, gradient) is handed over as the backward pass reaches it and then dropped.
+    Gradients are those of the sum of `metric` over rows, which keeps rows apart because a row's metric depends on that
+    row only; a site that the metric does not depend on has gradient zero. With `visit`, each site, activation and
+    gradient is handed over as the backward pass reaches it and then dropped; a site without influence is not visited.
+
+    Raises:
+        UnknownSiteError: a site that the model does not have.
+        SettingError: gradients without a metric, a metric of another shape, an edit, rule or start that does not fit.
+        UnsupportedFeatureError: a site that did not fire, such as one below the start.
+        NonFiniteError: NaN or infinity at a real token, with the first site that has it.
     """
     wanted = frozenset(expand(gradients, sites))
     if wanted and metric is None:
         raise SettingError("gradients", "no metric to differentiate", "pass metric=task.metric or a function")
-    if start is not None and not 0 <= start.layer < info.n_layers:
-        raise SettingError(f"a run from block {start.layer}", f"blocks 0 to {info.n_layers - 1}", "name an existing block")
-    first = "hook_embed" if start is None else f"blocks.{start.layer}.hook_resid_pre"
-    leaves = ({first} | (wanted & {"hook_pos_embed"})) if wanted else set()
+    _check_start(start, info, batch)
+    _check_hold(rules, info)
     taps = Taps(
         frame=Frame(batch.lengths, batch.positions, batch.positions),
         edits=plan_edits(edits, sites, info, batch.lengths),
         record=frozenset(expand(record, sites)),
         gradients=wanted,
-        leaves=frozenset(leaves),
         rules=rules or Rules(),
         start=start,
     )
@@ -135,17 +158,13 @@ def _backward(value: Tensor, taps: Taps, sites: Sequence[str], visit: Visit | No
     if not value.requires_grad:  # the metric does not depend on any site: every gradient is zero
         return {} if visit else {name: torch.zeros_like(x) for name, x in taps.nodes.items()}
     if visit is None:
-        grads = torch.autograd.grad(value.sum(), list(taps.nodes.values()), allow_unused=True)
-        pairs = zip(taps.nodes.items(), grads, strict=True)
-        found = {name: torch.zeros_like(x) if g is None else g for (name, x), g in pairs}
-        return {name: found[name] for name in sites if name in found}
+        names = [name for name in sites if name in taps.nodes]
+        grads = torch.autograd.grad(value.sum(), [taps.nodes[name] for name in names], allow_unused=True)
+        pairs = zip(names, grads, strict=True)
+        return {name: torch.zeros_like(taps.nodes[name]) if g is None else g for name, g in pairs}
     for name, x in taps.nodes.items():
         x.register_hook(_visitor(visit, name, x.detach()))
-    # every other node lies above one of the lowest layer's nodes, so its hook fires on the way down to them
-    depth = {name: -1 if (layer := parse(name)[1]) is None else layer for name in taps.nodes}
-    depth.update({name: 10**9 for name in taps.nodes if name.startswith("ln_final")})
-    lowest = [x for name, x in taps.nodes.items() if depth[name] == min(depth.values())]
-    torch.autograd.grad(value.sum(), lowest, allow_unused=True)
+    torch.autograd.grad(value.sum(), taps.anchor, allow_unused=True)
     return {}
 
 
@@ -156,17 +175,36 @@ def _visitor(visit: Visit, name: str, activation: Tensor) -> Callable[[Tensor], 
     return hook
 
 
+def _check_start(start: Start | None, info: ModelInfo, batch: Batch) -> None:
+    if start is None:
+        return
+    if not 0 <= start.layer < info.n_layers:
+        found = f"blocks 0 to {info.n_layers - 1}"
+        raise SettingError(f"a run from block {start.layer}", found, "name an existing block")
+    shape, wanted = tuple(start.resid_pre.shape), (*batch.tokens.shape, info.d_model)
+    if shape != wanted:
+        found = f"a residual stream of shape {shape}"
+        raise SettingError(f"a run from block {start.layer} with shape {wanted}", found, "give one row for each prompt")
+
+
+def _check_hold(rules: Rules | None, info: ModelInfo) -> None:
+    bad = sorted(layer for layer in (rules or Rules()).hold if not 0 <= layer < info.n_layers)
+    if bad:
+        raise SettingError(f"Rules(hold={bad})", f"blocks 0 to {info.n_layers - 1}", "name existing blocks")
+
+
 def _check_fired(taps: Taps) -> None:
     silent = sorted(taps.names - taps.held - taps.fired)
-    if silent:
-        below = taps.start is not None and any((parse(n)[1] or 0) < taps.start.layer for n in silent)
-        raise UnsupportedFeatureError(
-            f"site {silent[0]}",
-            f"it did not fire in this run ({len(silent)} silent)",
-            f"the run starts at block {taps.start.layer}: name sites from there on"
-            if below and taps.start is not None
-            else "the model's own code does not pass through it; use another attention implementation or model class",
-        )
+    if not silent:
+        return
+    found = f"it did not fire in this run ({len(silent)} silent)"
+    first = 0 if taps.start is None else taps.start.layer
+    below = [n for n in silent if taps.start is not None and ("embed" in n or (parse(n)[1] or 0) < first)]
+    if below:
+        fix = f"the run starts at block {first}: name sites from there on"
+        raise UnsupportedFeatureError(f"site {below[0]}", found, fix)
+    fix = "the model's own code does not pass through it; use another attention implementation or model class"
+    raise UnsupportedFeatureError(f"site {silent[0]}", found, fix)
 
 
 def _check_explicit_positions(edits: Sequence[Edit], batch: Batch) -> None:

@@ -16,7 +16,9 @@ from mechattr.models.base import Batch
 def encode(tokenizer: Any, text: str, *, chat: bool = False) -> list[int]:
     """Ids of one text with the tokenizer's own special tokens, but never a second BOS."""
     if chat:
-        text = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+        )
     bos = tokenizer.bos_token
     special = not (bos and text.startswith(bos))
     ids: list[int] = tokenizer(text, add_special_tokens=special)["input_ids"]
@@ -24,7 +26,9 @@ def encode(tokenizer: Any, text: str, *, chat: bool = False) -> list[int]:
 
 
 def decode_token(tokenizer: Any, token: int) -> str:
-    """One token as text, with the leading space that decoding alone may drop."""
+    """One token as text, with the leading space that decoding alone may drop; `<id>` without a tokenizer."""
+    if tokenizer is None:
+        return f"<{token}>"
     piece = tokenizer.convert_ids_to_tokens(int(token))
     if piece is not None and piece.startswith("▁"):  # sentencepiece's mark of a leading space
         return piece.replace("▁", " ")
@@ -42,19 +46,23 @@ def tokenize(
     """
     if tokenizer is None:
         raise SettingError(
-            "tokenizing text", "this model has no tokenizer", "load it with tokenizer=..., or build a Batch of token ids"
+            "tokenizing text",
+            "this model has no tokenizer",
+            "load it with tokenizer=..., or build a Batch of token ids",
         )
     if padding_side not in ("left", "right"):
         raise SettingError(f"padding_side={padding_side!r}", "unknown side", "use 'left' or 'right'")
-    rows = [encode(tokenizer, text, chat=chat) for text in ([texts] if isinstance(texts, str) else texts)]
-    if not rows or not all(rows):
+    given = [texts] if isinstance(texts, str) else list(texts)
+    rows = [encode(tokenizer, text, chat=chat) for text in given if text]
+    if not given or len(rows) < len(given) or not all(rows):
         raise SettingError("tokenizing text", "an empty list or an empty text", "give texts of at least one token")
     return pad(rows, tokenizer, padding_side=padding_side, device=device)
 
 
 def pad(rows: Sequence[Sequence[int]], tokenizer: Any, *, padding_side: str = "right", device: Any = "cpu") -> Batch:
     """Rows of ids -> padded batch with readable strings where there is a tokenizer."""
-    fill = next((i for i in (getattr(tokenizer, "pad_token_id", None), getattr(tokenizer, "eos_token_id", None)) if i is not None), 0)
+    ids = [getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id")]
+    fill = next((i for i in ids if i is not None), 0)
     width = max(len(row) for row in rows)
     tokens = torch.full((len(rows), width), fill)
     mask = torch.zeros_like(tokens, dtype=torch.bool)

@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +18,7 @@ from mechattr.errors import UnknownNameError, nearest
 from mechattr.models.norms import norm_weight
 
 if TYPE_CHECKING:
-    from mechattr.models.hf_hooks import Anatomy
+    from mechattr.models.anatomy import Anatomy
 
 BLOCK_NAMES = (
     *(f"attn.{kind}_{m}" for m in "QKVO" for kind in "Wb"),
@@ -50,11 +52,31 @@ def weight(name: str, anatomy: Anatomy, head: nn.Module | None) -> Tensor:
     return found
 
 
+class Hasher:
+    """sha256 of named tensors; remembers the last one, for as long as no tensor is replaced or written to."""
+
+    def __init__(self) -> None:
+        self._state: list[tuple[str, int, int]] = []
+        self._digest = ""
+
+    def __call__(self, tensors: Mapping[str, Tensor]) -> str:
+        state = [(name, tensors[name].data_ptr(), tensors[name]._version) for name in sorted(tensors)]
+        if state != self._state:
+            digest = hashlib.sha256()
+            for name, *_ in state:
+                tensor = tensors[name].detach().cpu().contiguous()
+                digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+                digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+            self._state, self._digest = state, digest.hexdigest()
+        return self._digest
+
+
 def _end(name: str, anatomy: Anatomy, head: Any) -> Tensor | None:
     ends = anatomy.ends
     if name == "embed.W_E":
-        table: Tensor = ends["embed"].weight  # type: ignore[assignment]
-        scale = getattr(ends["embed"], "embed_scale", None)
+        embed: Any = ends["embed"]
+        table: Tensor = embed.weight
+        scale = getattr(embed, "embed_scale", None)
         return table if scale is None else table * scale.to(table.dtype)  # type: ignore[operator]
     if name == "pos_embed.W_pos" and "pos_embed" in ends:
         positions: Any = ends["pos_embed"]
@@ -119,9 +141,6 @@ def _mlp(parts: dict[str, nn.Module], short: str, fused: bool) -> Tensor | None:
 
 def _norm(module: nn.Module, short: str) -> Tensor:
     weight = norm_weight(module)
-    if weight is None:
-        size = module.normalized_shape[0]  # type: ignore[index]
-        return torch.ones(size) if short == "w" else torch.zeros(size)
     bias: Tensor | None = getattr(module, "bias", None)
     return weight if short == "w" else (torch.zeros_like(weight) if bias is None else bias)
 

@@ -129,21 +129,29 @@ def every_node(model: HookedModel, sites: Sequence[str], places: Places) -> Node
     return _build(model, tuple(sites), torch.cat(columns), places.labels)
 
 
-def table_of(model: HookedModel, task: Task, nodes: Sequence[Node]) -> tuple[NodeTable, Positions]:
-    """The table of given nodes, and what their positions mean.
+def table_of(
+    model: HookedModel, task: Task, nodes: Sequence[Node], positions: Positions | None
+) -> tuple[NodeTable, Positions]:
+    """The table of given nodes, and what their positions mean; it must be what was asked for, if anything was.
 
     Raises:
         EmptyTaskError: no nodes.
-        SettingError: a layer, position, head or neuron that does not exist, or positions of several kinds.
+        SettingError: something else than nodes; a layer, position, head or neuron that does not exist; positions of
+            several kinds, or of another kind than `positions`.
     """
     if not nodes:
         raise EmptyTaskError("activation patching", "an empty list of nodes", "give nodes, or leave nodes out")
+    strange = [type(node).__name__ for node in nodes if not isinstance(node, Node)]
+    if strange:
+        raise SettingError("nodes", f"a {strange[0]}", "give a list of Node, such as attribution.top(50)")
     kinds = {"all" if n.pos is None else "named" if isinstance(n.pos, str) else "aligned" for n in nodes}
     if len(kinds) > 1:
         raise SettingError(
             "nodes", f"positions of several kinds ({', '.join(sorted(kinds))})", "patch each kind in a call of its own"
         )
     mode: Positions = kinds.pop()  # type: ignore[assignment]
+    if positions not in (None, mode):
+        raise SettingError(f"positions={positions!r}", f"nodes with {mode} positions", "leave positions out")
     places = places_of(task, mode)
     sites = node_sites(model, list(dict.fromkeys(n.site for n in nodes)))
     place = {label: i for i, label in enumerate(places.labels)}
@@ -174,10 +182,11 @@ def _check(model: HookedModel, node: Node) -> None:
             problems.append(f"layer {node.layer}: layers run from 0 to {info.n_layers - 1}")
     elif node.layer is not None:
         problems.append(f"layer {node.layer}: {node.site} exists once in the model")
-    for field, value, fits in (("head", node.head, feature in ("head", "kv_head")), ("neuron", node.neuron, feature == "neuron")):
-        if fits and (value is None or not 0 <= value < sizes[str(feature)]):
-            problems.append(f"{field} {value}: {feature} runs from 0 to {sizes[str(feature)] - 1}")
-        elif not fits and value is not None:
+    for field, value, axes in (("head", node.head, ("head", "kv_head")), ("neuron", node.neuron, ("neuron",))):
+        if feature is not None and feature in axes:
+            if value is None or not 0 <= value < sizes[feature]:
+                problems.append(f"{field} {value}: {feature} runs from 0 to {sizes[feature] - 1}")
+        elif value is not None:
             problems.append(f"{field} {value}: {node.site} has no {field}")
     if problems:
         raise SettingError(f"node {node!r}", "; ".join(problems), "name a node that this model has")
@@ -185,7 +194,6 @@ def _check(model: HookedModel, node: Node) -> None:
 
 def _build(model: HookedModel, sites: tuple[str, ...], rows: Tensor, labels: tuple[int | str, ...]) -> NodeTable:
     """A table from rows (site, layer, place, feature)."""
-    merged = Places(labels, torch.zeros(0, 0, 0, dtype=torch.bool))
     names: list[str] = []
     name_of = torch.zeros(len(rows), dtype=torch.long)
     tables = {}
@@ -196,7 +204,7 @@ def _build(model: HookedModel, sites: tuple[str, ...], rows: Tensor, labels: tup
             name = full_name(taken, None if layer == NONE else layer)
             name_of[mine[rows[mine, 1] == layer]] = len(names)
             names.append(name)
-        axes = node_axes(short, merged)
+        axes = node_axes(short, merged=not labels)
         coords: dict[str, Any] = {}
         flat = torch.zeros(len(mine), dtype=torch.long)
         for axis in axes:

@@ -1,9 +1,9 @@
-"""Nodes in tensors: which sites can be scored, which positions are comparable, and what becomes of a pair of prompts."""
+"""Nodes in tensors: which sites can be scored, which positions are comparable, which run is patched into which."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, cast
 
 import torch
@@ -20,8 +20,8 @@ Positions = Literal["aligned", "named", "all"]
 DIRECTIONS = ("noising", "denoising")
 DEFAULT_SITES = ("q", "k", "v", "z", "mlp_post")
 
-# Replacing a whole vector before or after a map that acts on that vector alone is one intervention, so q and k are taken
-# where attention uses them: an estimate then need not linearise rotary embedding and norms.
+# Replacing a whole vector before or after a map that acts on that vector alone is one intervention, so q and k are
+# taken where attention uses them: an estimate then need not linearise rotary embedding and norms.
 TAKEN_AT = {"q": "rot_q", "k": "rot_k"}
 
 
@@ -32,10 +32,16 @@ class Places:
     Attributes:
         labels: their coordinates on the axis `pos`: position numbers or span names; empty where all are merged.
         where: true at the columns of each pair that belong to each place.
+        identity: whether place i is column i in every pair.
     """
 
     labels: tuple[int | str, ...]
     where: Bool[Tensor, "pair place column"]
+    identity: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        eye = torch.eye(*self.where.shape[1:], dtype=torch.bool, device=self.where.device)
+        object.__setattr__(self, "identity", eye.shape[0] == eye.shape[1] and bool((self.where == eye).all()))
 
     @property
     def merged(self) -> bool:
@@ -47,16 +53,12 @@ class Places:
         return Places(self.labels, self.where[list(index)])
 
     def gather(self, x: Float[Tensor, "pair column ..."]) -> Float[Tensor, "pair place ..."]:
-        """Sums the columns of each place, then keeps one entry a place."""
-        if x.shape[1] == self.where.shape[1] and self.where.shape[1] == self.where.shape[2] and self.identity:
+        """Sums the columns of each place."""
+        if self.identity:
             return x
+        outside = ~self.where.any(1).reshape(*x.shape[:2], *[1] * (x.ndim - 2))
+        x = x.masked_fill(outside, 0)  # padding may hold anything, NaN too
         return torch.einsum("btc,bc...->bt...", self.where.to(x.dtype), x)
-
-    @property
-    def identity(self) -> bool:
-        """Whether place i is column i in every pair."""
-        eye = torch.eye(self.where.shape[2], dtype=torch.bool, device=self.where.device)
-        return bool((self.where == eye).all())
 
 
 def places_of(task: Task, positions: Positions | None) -> Places:
@@ -67,7 +69,9 @@ def places_of(task: Task, positions: Positions | None) -> Places:
         positions: `"aligned"` (every position; the default), `"named"` (the task's spans) or `"all"` (merged).
 
     Raises:
-        AlignmentError: positions are not comparable across the pairs, or the two prompts of a pair are padded differently.
+        AlignmentError: positions are not comparable across the pairs, or the two prompts of a pair are padded
+            differently.
+        UnknownNameError: another word for `positions`.
     """
     if not torch.equal(task.clean.mask, task.corrupt.mask):
         raise AlignmentError(
@@ -118,18 +122,18 @@ def feature_of(short: str) -> str | None:
     return next((axis for axis in SITES[short].axes if axis in ("head", "kv_head", "neuron")), None)
 
 
-def node_axes(short: str, places: Places) -> tuple[str, ...]:
+def node_axes(short: str, merged: bool) -> tuple[str, ...]:
     """The axes of a site's scores."""
     feature = feature_of(short)
     return (
         *(("layer",) if SITES[short].layered else ()),
-        *(() if places.merged else ("pos",)),
+        *(() if merged else ("pos",)),
         *(() if feature is None else (feature,)),
     )
 
 
 def per_node(name: str, x: Tensor) -> Float[Tensor, "pair column ..."]:
-    """Sums a site's activation-shaped tensor over what is inside a node: [batch, column] or [batch, column, feature]."""
+    """Sums a tensor shaped like a site's activation over what is inside a node."""
     axes = SITES[parse(name)[0]].axes
     if "query" in axes:  # a node is one query row of a head's pattern
         return x.sum(-1).transpose(1, 2)
@@ -148,8 +152,19 @@ def base_and_source(task: Task, direction: Direction) -> tuple[Batch, Batch]:
     return (task.clean, task.corrupt) if direction == "noising" else (task.corrupt, task.clean)
 
 
+def rows_at_once(batch_size: int | None, default: int) -> int:
+    """Checks a batch size.
+
+    Raises:
+        SettingError: not a whole number from 1.
+    """
+    if batch_size is None:
+        return default
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise SettingError(f"batch_size={batch_size!r}", "no number of rows", "give a whole number from 1, or None")
+    return batch_size
+
+
 def chunks(n: int, size: int) -> list[range]:
     """`range(n)` in consecutive parts."""
-    if size < 1:
-        raise SettingError(f"batch_size={size}", "no rows", "use at least 1")
     return [range(i, min(i + size, n)) for i in range(0, n, size)]

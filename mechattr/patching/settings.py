@@ -7,9 +7,9 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from mechattr.models.base import HookedModel
+from mechattr.patching.places import Direction
 from mechattr.provenance import JSON, provenance
 from mechattr.tasks.task import Task
 
@@ -18,17 +18,30 @@ def settings_of(
     task: Task,
     *,
     method: str,
-    direction: str,
+    direction: Direction,
     sites: Sequence[str],
     positions: str,
-    clean: Tensor,
-    corrupt: Tensor,
+    base: Sequence[float],
+    source: Sequence[float] | None,
     passes: tuple[float, float],
     trivial: int,
     **more: Any,
 ) -> dict[str, Any]:
-    """The settings of an `Attribution`; the metric's values on both runs, and the number of nodes whose activation is the
-    same in both, so that their effect is zero by construction."""
+    """The settings of an `Attribution`.
+
+    Args:
+        task: the prompt pairs.
+        method: the name of the method.
+        direction: noising or denoising.
+        sites: short names.
+        positions: what a position means.
+        base: the metric of the base run by pair.
+        source: that of the source run, where it was run.
+        passes: forward and backward, in prompt rows.
+        trivial: number of nodes whose effect is zero by construction: their activation is the same in both runs.
+        **more: what else identifies the result.
+    """
+    clean, corrupt = (base, source) if direction == "noising" else (source, base)
     return {
         "method": method,
         "direction": direction,
@@ -38,8 +51,8 @@ def settings_of(
         "task_hash": task.hash(),
         "metric": {"name": task.metric.name, "unit": task.metric.unit},
         "n_pairs": len(task),
-        "clean_metric": clean.tolist(),
-        "corrupt_metric": corrupt.tolist(),
+        "clean_metric": clean,
+        "corrupt_metric": corrupt,
         "passes": {"forward": passes[0], "backward": passes[1]},
         "n_trivial_zero": trivial,
         **more,

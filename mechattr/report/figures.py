@@ -21,7 +21,8 @@ WHOLE = ("z", "mlp_out")
 
 
 def figures(results: Results) -> dict[str, Figure]:
-    """All figures by file name without suffix, those that this run has: `head_map`, `position_map`, `agreement`, `agreement_top`."""
+    """The figures by file name without suffix: `head_map`, `agreement`, `agreement_top`, and where positions were told
+    apart `position_map`."""
     made = {"head_map": head_map(results)}
     if "pos" in results.attribution.scores[MAPS[0]].axes:
         made["position_map"] = position_map(results)
@@ -35,6 +36,8 @@ def save(results: Results, folder: Path) -> dict[str, Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = {}
     for name, figure in figures(results).items():
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # the layout is final: running it again for each file costs more than drawing
         draw.save(figure, folder / f"{name}.svg")
         paths[name] = draw.save(figure, folder / f"{name}.png")
     return paths
@@ -45,7 +48,7 @@ def head_map(results: Results) -> Figure:
     effects = _by_name(results.whole_exact)
     ax = draw.head_map(
         effects["z"],
-        effects["mlp_out"],
+        effects.get("mlp_out"),
         label=f"contribution [{results.unit}]",
         title="Exact effect of whole heads and MLPs",
     )
@@ -59,7 +62,7 @@ def position_map(results: Results) -> Figure:
     named = any(isinstance(coord, str) for coord in coords)
     tokens = [coord if isinstance(coord, str) else results.tokens[coord] for coord in coords]
     axes = draw.position_map(
-        {title: effects[site] for site, title in PANELS.items()},
+        {title: effects[site] for site, title in PANELS.items() if site in effects},
         tokens,
         label=f"contribution [{results.unit}]",
         spans=None if named else results.spans,

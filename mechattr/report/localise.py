@@ -2,7 +2,7 @@
 
 1. Attribution patching at the asked sites and at the sites of the maps, in one pass.
 2. Exact activation patching of the components with the largest estimates.
-3. Both again for whole heads (z) and whole MLPs, all of them: the picture by head, and how far the estimates can be trusted.
+3. Both again for every whole head (z) and MLP: the picture by head, and how far the estimates can be trusted.
 4. Figures, table and report.
 
 Each result is saved as soon as it exists, so that a run that fails or is killed goes on where it stopped.
@@ -16,20 +16,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from mechattr.artifact import Attribution
 from mechattr.errors import ArtifactError, EmptyTaskError, SettingError
 from mechattr.models.base import HookedModel
 from mechattr.patching.activation import activation_patching
 from mechattr.patching.attribution import attribution_patching
+from mechattr.patching.places import DEFAULT_SITES, Direction, Positions, direction_of, node_sites, places_of
 from mechattr.report import figures, html, summary, tables
 from mechattr.report.record import ARTIFACTS, FIGURES, PARTIAL, REPORT, TABLE, Record, describe, prepare, read, write
 from mechattr.report.reproduce import PAIRS, command, pairs_jsonl
 from mechattr.report.results import Results, at_sites
+from mechattr.sites import parse
 from mechattr.tasks.task import Task
-
-Positions = Literal["each", "named", "all"]
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,8 @@ def localise(
     *,
     out: Path | str,
     top: int = 50,
-    direction: Literal["noising", "denoising"] = "noising",
-    sites: Sequence[str] = ("q", "k", "v", "z", "mlp_post"),
+    direction: Direction = "noising",
+    sites: Sequence[str] = DEFAULT_SITES,
     positions: Positions | None = None,
     seed: int = 0,
     batch_size: int | None = None,
@@ -95,8 +95,9 @@ def localise(
 ) -> Localisation:
     """Finds which components cause a behaviour: estimates all, checks the best exactly, and writes a report.
 
-    Writes into `out`: `report.html`, `table.csv`, `figures/`, the four results as `.safetensors`, `settings.json` and `pairs.jsonl`. A
-    folder that holds a run with the same settings is reused, and a run that stopped goes on where it stopped.
+    Writes into `out`: `report.html`, `table.csv`, `figures/`, the four results as `.safetensors`, `settings.json` and
+    `pairs.jsonl`. A folder that holds a run with the same settings is reused, and a run that stopped goes on where it
+    stopped.
 
     Args:
         model: what is looked into.
@@ -105,7 +106,7 @@ def localise(
         top: how many components are checked exactly.
         direction: corrupt activations into the clean run, or clean ones into the corrupt run.
         sites: sites whose components are scored.
-        positions: score each position ("each"), the named spans ("named"), or all positions replaced together ("all").
+        positions: score each position ("aligned"), named spans ("named"), or all positions replaced together ("all").
             Without it: each position where pairs align, else the spans that all pairs have, else all together.
         seed: recorded with the result; nothing is drawn at random here.
         batch_size: prompt rows of one forward pass.
@@ -118,55 +119,44 @@ def localise(
     Raises:
         OutputExistsError: `out` holds the result of other settings.
         EmptyTaskError: the task has no pair.
-        SettingError: `top` or `positions` cannot be used.
+        SettingError: `top` is not a count.
+        UnknownSiteError, UnknownNameError: no such site, direction or kind of positions.
+        AlignmentError: positions that are not comparable across the pairs.
 
     Cost: estimates take 4 forward and 2 backward passes a pair; each check takes up to one forward pass a pair and
         component, `top` + heads + MLPs in all.
     """
-    if len(task) == 0:
-        raise EmptyTaskError(
-            "to localise a behaviour", f"task {task.name!r} has no pair", "make a task with at least one pair"
-        )
+    if not len(task):
+        raise EmptyTaskError("to localise a behaviour", "a task without pairs", "give at least one pair")
     if isinstance(top, bool) or not isinstance(top, int) or top < 1:
         raise SettingError("how many components to check", f"top={top!r}", "give a whole number from 1")
-    if positions not in (None, "each", "named", "all"):
-        raise SettingError("positions", repr(positions), "use 'each', 'named', 'all' or None")
     where = positions or _comparable(task)
+    # what cannot be used is refused before anything is written
+    direction_of(direction)
+    node_sites(model, sites)
+    places_of(task, where)
     asked = {"direction": direction, "sites": list(sites), "positions": where, "top": top, "seed": seed}
     folder = Path(out)
-    described = {**describe(model, task, asked), "command": command(model.info.name, task, asked, str(out))}
+    described = {**describe(model, task, asked), "command": command(model.info, task, asked, folder)}
     record = prepare(folder, described, overwrite=overwrite)
     (folder / PAIRS).write_text(pairs_jsonl(task), encoding="utf-8")
-    common: dict[str, Any] = {"direction": direction, "batch_size": batch_size, "progress": progress}
-    by_place = {**common, "positions": None if where == "each" else where}
-    whole = {**common, "positions": "all"}
+    bars: dict[str, Any] = {"direction": direction, "progress": progress}
+    rows: dict[str, Any] = {} if batch_size is None else {"batch_size": batch_size}
 
-    every_site = tuple(dict.fromkeys((*sites, *figures.MAPS)))
-    attribution = _step(
-        folder,
-        record,
-        "attribution",
-        lambda: attribution_patching(model, task, sites=every_site, variant="atp", **by_place),
-    )
+    def estimate(at: Sequence[str], by: Positions) -> Attribution:
+        return attribution_patching(model, task, sites=at, variant="atp", positions=by, **bars, **rows)
+
+    def check(name: str, **what: Any) -> Attribution:
+        return activation_patching(model, task, resume=folder / PARTIAL[name], **what, **bars, **rows)
+
+    present = {parse(name)[0] for name in model.sites()}  # a model without MLPs has no mlp_out
+    every_site = tuple(dict.fromkeys((*sites, *(site for site in figures.MAPS if site in present))))
+    whole = tuple(site for site in figures.WHOLE if site in present)
+    attribution = _step(folder, record, "attribution", lambda: estimate(every_site, where))
     best = at_sites(attribution, sites).top(top)
-    exact = _step(
-        folder,
-        record,
-        "exact",
-        lambda: activation_patching(model, task, nodes=best, resume=folder / PARTIAL["exact"], **by_place),
-    )
-    whole_attribution = _step(
-        folder,
-        record,
-        "whole_attribution",
-        lambda: attribution_patching(model, task, sites=figures.WHOLE, variant="atp", **whole),
-    )
-    whole_exact = _step(
-        folder,
-        record,
-        "whole_exact",
-        lambda: activation_patching(model, task, sites=figures.WHOLE, resume=folder / PARTIAL["whole_exact"], **whole),
-    )
+    exact = _step(folder, record, "exact", lambda: check("exact", nodes=best))
+    whole_attribution = _step(folder, record, "whole_attribution", lambda: estimate(whole, "all"))
+    whole_exact = _step(folder, record, "whole_exact", lambda: check("whole_exact", sites=whole, positions="all"))
     return _write(folder, Results(record, attribution, exact, whole_attribution, whole_exact))
 
 
@@ -201,6 +191,8 @@ def _step(folder: Path, record: Record, name: str, make: Callable[[], Attributio
     start = time.perf_counter()
     result = make()
     result.save(path)
+    if name in PARTIAL:
+        (folder / PARTIAL[name]).unlink(missing_ok=True)
     record["seconds"][name] = round(time.perf_counter() - start, 3)
     write(folder, record)
     return result
@@ -217,6 +209,6 @@ def _write(folder: Path, results: Results) -> Localisation:
 def _comparable(task: Task) -> Positions:
     """The finest positions that mean the same in every pair."""
     if task.aligned:
-        return "each"
+        return "aligned"
     shared = task.spans and set.intersection(*(set(spans) for spans in task.spans))
     return "named" if shared else "all"

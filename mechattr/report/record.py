@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -90,7 +89,7 @@ def _sample(model: HookedModel, task: Task, pair: int) -> Record:
 def _texts(model: HookedModel, ids: list[int]) -> list[str]:
     """Token texts, the padding of answer sets left out, cut after a few."""
     real = [i for i in ids if i >= 0]
-    shown = [str(model.tokenizer.decode([i])) for i in real[:N_ANSWERS]]
+    shown = [str(i) if model.tokenizer is None else model.tokenizer.decode([i]) for i in real[:N_ANSWERS]]
     return shown + [f"... {len(real)} in all"] * (len(real) > N_ANSWERS)
 
 
@@ -172,7 +171,7 @@ def write(out: Path, record: Record) -> None:
     """Writes the record under a temporary name and renames it, so that a killed run leaves the old one whole."""
     temporary = out / f".{RECORD}.new"
     temporary.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, out / RECORD)
+    temporary.replace(out / RECORD)
 
 
 def read(out: Path) -> Record:

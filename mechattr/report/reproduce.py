@@ -1,4 +1,4 @@
-"""How a run is made again: the command, and the pairs as a file for tasks that no option describes."""
+"""How a run is made again: the command, and the pairs as a file for tasks that no option of the command describes."""
 
 from __future__ import annotations
 
@@ -6,48 +6,53 @@ import inspect
 import json
 import shlex
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
 
+from mechattr.models.base import ModelInfo
 from mechattr.tasks.table import TASKS
 from mechattr.tasks.task import Task
 
 PAIRS = "pairs.jsonl"
-_OF_COMMAND = ("n", "split", "seed")  # settings of a task that the command line has options for
+_OPTIONS = ("n", "split", "seed", "metric")  # settings of a task that the command line has options for
 
 
-def command(model: str, task: Task, asked: Mapping[str, Any], out: str) -> str:
-    """What makes the same run: a command line, or Python where the task has settings that the command line cannot say.
+def command(info: ModelInfo, task: Task, asked: Mapping[str, Any], out: Path) -> str:
+    """The command line that makes the same run.
+
+    A generated task is named with its options. Where it has settings that are no options of the command line, or comes
+    from pairs or texts, the command reads the pairs that the run wrote, and writes into a folder beside it.
 
     Args:
-        model: name of the model.
+        info: the model.
         task: its prompt pairs.
         asked: direction, sites, positions, top and seed of the run.
         out: its folder.
     """
-    made = task.settings
-    if task.name in TASKS and all(made.get(name) == value for name, value in _defaults(task.name).items()):
-        lines = [
-            {"model": model, "task": task.name, **{name: str(made[name]) for name in _OF_COMMAND if name in made}},
-            {"sites": ",".join(asked["sites"]), "positions": asked["positions"], "direction": asked["direction"]},
-            {"top": str(asked["top"]), "out": out},
-        ]
-        words = [" ".join(f"--{name} {shlex.quote(value)}" for name, value in line.items()) for line in lines]
-        return "mechattr localise " + " \\\n  ".join(words)
-    options = ", ".join(f"{name}={value!r}" for name, value in asked.items())
-    pairs = f"{out}/{PAIRS}"
-    return (
-        f"import mechattr as ma\n\nmodel = ma.load({model!r})\n"
-        f"task = ma.tasks.from_pairs(model, {pairs!r}, metric={task.metric.name!r}, name={task.name!r})\n"
-        f"ma.report.localise(model, task, out={f'{out}-again'!r}, {options})"
+    source: dict[str, Any] = {"model": info.name, "dtype": info.dtype}
+    if task.name in TASKS and _plain_options(task):
+        source |= {"task": task.name, **{name: task.settings[name] for name in _OPTIONS if name in task.settings}}
+    else:
+        source |= {"pairs": out / PAIRS, "metric": task.metric.name, "seed": asked["seed"]}
+    lines = [
+        source,
+        {"sites": ",".join(asked["sites"]), "positions": asked["positions"], "direction": asked["direction"]},
+        {"top": asked["top"], "out": out if "task" in source else out.with_name(f"{out.name}-again")},
+    ]
+    words = (" ".join(f"--{name} {shlex.quote(str(value))}" for name, value in line.items()) for line in lines)
+    return "mechattr localise " + " \\\n  ".join(words)
+
+
+def _plain_options(task: Task) -> bool:
+    """Whether all settings that the command line has no option for have their default."""
+    parameters = inspect.signature(TASKS[task.name]).parameters.values()
+    return all(
+        p.name in task.settings and task.settings[p.name] == p.default
+        for p in parameters
+        if p.name not in ("model", *_OPTIONS)
     )
-
-
-def _defaults(name: str) -> dict[str, Any]:
-    """The default of each option of a task generator that the command line has no option for."""
-    parameters = inspect.signature(TASKS[name]).parameters.values()
-    return {p.name: p.default for p in parameters if p.name not in ("model", *_OF_COMMAND)}
 
 
 def pairs_jsonl(task: Task) -> str:
@@ -65,7 +70,7 @@ def _pair(task: Task, row: int) -> dict[str, Any]:
     return {**pair, "spans": {name: list(span) for name, span in spans.items()}}
 
 
-def _ids(ids: torch.Tensor) -> int | list[int]:
+def _ids(ids: Tensor) -> int | list[int]:
     """One id, or the list of a set without its padding."""
     real = [int(i) for i in ids.reshape(-1).tolist() if i >= 0]
     return real[0] if ids.ndim == 0 else real

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -69,8 +69,12 @@ class Results:
     @cached_property
     def metrics(self) -> tuple[float, float]:
         """Mean metric on the clean and on the corrupt prompts."""
-        clean, corrupt = (self.attribution.settings[f"{side}_metric"] for side in ("clean", "corrupt"))
-        return _mean(clean), _mean(corrupt)
+        return _mean(self._metric("clean")), _mean(self._metric("corrupt"))
+
+    def _metric(self, side: str) -> list[float]:
+        """The metric of each pair, where it is finite."""
+        values: Any = self.attribution.settings[f"{side}_metric"]
+        return [value for value in values if value is not None]
 
     @cached_property
     def gap(self) -> float:
@@ -81,8 +85,8 @@ class Results:
     @cached_property
     def accuracy(self) -> float | None:
         """Share of pairs with a positive metric on the clean prompt, for metrics whose sign says which answer wins."""
-        clean = [value for value in self.attribution.settings["clean_metric"] if value is not None]
-        return float(np.mean([value > 0 for value in clean])) if self.record["task"]["contrast"] and clean else None
+        clean = self._metric("clean")
+        return _mean([float(value > 0) for value in clean]) if self.record["task"]["contrast"] and clean else None
 
     @property
     def tokens(self) -> list[str]:
@@ -136,7 +140,7 @@ class Results:
         return total * n_pairs
 
 
-def at_sites(attribution: Attribution, sites: tuple[str, ...] | list[str]) -> Attribution:
+def at_sites(attribution: Attribution, sites: Sequence[str]) -> Attribution:
     """The part of a result at some sites, with the same settings and provenance."""
     kept = {name: values for name, values in attribution.tensors.items() if name.partition("/")[2] in sites}
     return Attribution(kept, settings=attribution.settings, provenance=attribution.provenance)
@@ -146,6 +150,5 @@ def _rank(estimate: Attribution, exact: Attribution, nodes: list[Node], which: s
     return spearman([estimate.value(n, which) for n in nodes], [exact.value(n, which) for n in nodes])
 
 
-def _mean(values: list[float | None]) -> float:
-    known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known else math.nan
+def _mean(values: list[float]) -> float:
+    return float(np.mean(values)) if values else math.nan

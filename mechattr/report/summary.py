@@ -14,25 +14,25 @@ def sentence(results: Results) -> str:
     n, gap = f"{results.n_components:,}", f"{results.gap:.3g} {results.unit}"
     metric = words(results.record["task"]["metric"])
     how = "corrupting" if results.key["direction"] == "noising" else "restoring"
-    if not results.verified:
-        return f"None of the {n} components was checked, so nothing is claimed."
-    if not results.gap > 0:
-        return f"Clean and corrupt prompts have the same mean {metric}, so there is no effect for the {n} components to carry."
     strong, checked = results.strong, len(results.verified)
+    if not results.gap > 0:
+        return (
+            f"Clean and corrupt prompts have the same mean {metric}: there is nothing for the {n} components to carry."
+        )
     if not strong:
         return (
-            f"None of {n} components was found to move the {metric} by {percent(STRONG_SHARE)} of the gap between clean and corrupt "
-            f"prompts ({gap}): of the {checked} with the largest estimates, each measured by {how} it alone, the strongest moves it "
-            f"by {percent(max(map(results.share, results.verified)))}."
+            f"None of {n} components was found to move the {metric} by {percent(STRONG_SHARE)} of the gap between "
+            f"clean and corrupt prompts ({gap}): of the {checked} with the largest estimates, each measured by {how} "
+            f"it alone, the strongest moves it by {percent(max(map(results.share, results.verified)))}."
         )
-    best, last = strong[0], strong[-1]
+    best = strong[0]
     many = f"{len(strong)} of {n} components each move" if len(strong) > 1 else f"One of {n} components moves"
-    weakest = f", the last of them by {percent(results.share(last))}" if len(strong) > 1 else ""
+    last = f", the last of them by {percent(results.share(strong[-1]))}" if len(strong) > 1 else ""
     return (
-        f"{'At least ' if len(strong) == checked > 1 else ''}{many} the {metric} by {percent(STRONG_SHARE)} or more of the gap between "
-        f"clean and corrupt prompts ({gap}): the strongest, {best.label}{_place(results, best)}, by "
-        f"{results.exact.value(best, 'abs_signed'):.3g} ({percent(results.share(best))}){weakest}; measured by {how} one component "
-        f"at a time, for the {checked} with the largest estimates."
+        f"{'At least ' if len(strong) == checked > 1 else ''}{many} the {metric} by {percent(STRONG_SHARE)} or more of "
+        f"the gap between clean and corrupt prompts ({gap}): the strongest, {best.label}{_place(results, best)}, by "
+        f"{results.exact.value(best, 'abs_signed'):.3g} ({percent(results.share(best))}){last}; measured by {how} one "
+        f"component at a time, for the {checked} with the largest estimates."
     )
 
 
@@ -53,8 +53,9 @@ def agreement(results: Results) -> str:
     if not math.isfinite(signed):
         return f"Too few of the {len(nodes)} whole heads and MLPs have an effect for a rank correlation."
     return (
-        f"Over all {len(nodes)} whole heads and MLPs, Spearman's correlation between estimate and exact effect is {signed:.3f} "
-        f"for contributions" + (f" and {magnitude:.3f} for mean |effect|." if math.isfinite(magnitude) else ".")
+        f"Over all {len(nodes)} whole heads and MLPs, Spearman's correlation between estimate and exact effect is "
+        f"{signed:.3f} for contributions"
+        + (f" and {magnitude:.3f} for mean |effect|." if math.isfinite(magnitude) else ".")
     )
 
 

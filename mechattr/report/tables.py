@@ -14,7 +14,8 @@ from mechattr.sites import Node, full_name
 
 COLUMNS = ("component", "site", "position", "estimate", "exact", "score", "share")
 CSV_COLUMNS = (
-    "rank", "component", "site", "layer", "head", "neuron", "position", "estimate", "estimate_score", "exact", "score", "share",
+    "rank", "component", "site", "layer", "head", "neuron", "position",
+    "estimate", "estimate_score", "exact", "score", "share",
 )  # fmt: skip
 
 
@@ -26,8 +27,8 @@ def rows(results: Results, k: int | None = None) -> list[dict[str, Any]]:
         k: how many; all of them without it.
 
     Returns:
-        A row a component: its name, full site and position; `estimate` and `exact`, the contributions (the metric
-        lost by noising, or regained by denoising, mean over pairs); `score`, the exact mean |effect|; `share`, |exact| as a
+        A row a component: its name, full site and position; `estimate` and `exact`, the contributions (metric lost by
+        noising, or regained by denoising, mean over pairs); `score`, the exact mean |effect|; `share`, |exact| as a
         share of the gap between clean and corrupt metric. A head of k or v is a kv head.
     """
     return [{name: row[name] for name in COLUMNS} for row in map(_full_row(results), results.verified[:k])]
@@ -66,12 +67,12 @@ def _absent(value: Any) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
-def html_table(results: Results, *, limit: int = 200) -> str:
+def html_table(results: Results, *, limit: int | None = None) -> str:
     """The table as HTML: a click on a column's head sorts by it, bars show the size of the effects.
 
     Args:
         results: a run.
-        limit: rows that are written; the CSV has all.
+        limit: rows that are written; all of them without it.
     """
     shown = rows(results, limit)
     largest = max((abs(row[name]) for row in shown for name in ("estimate", "exact")), default=0.0) or 1.0

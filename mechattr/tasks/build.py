@@ -85,7 +85,12 @@ def build(
 
 def batch_of_ids(model: HookedModel, rows: Sequence[Sequence[int]]) -> Batch:
     """Token rows -> padded batch where the model's weights are."""
-    return pad(rows, model.tokenizer, device=model.weight("unembed.W_U").device)
+    return pad(rows, model.tokenizer, device=device_of(model))
+
+
+def device_of(model: HookedModel) -> torch.device:
+    """Where the model's weights are."""
+    return model.weight("unembed.W_U").device
 
 
 def _metric(name: str, model: HookedModel, clean: Batch, answers: Tensor, foils: Tensor | None, task: str) -> Metric:

@@ -70,7 +70,8 @@ def draw_task(
                 skipped[found.reason] += 1
             else:
                 kept[slot] = found
-    require_all(name, len(kept), n, skipped)
+    fix = "choose other options or another task; tasks.resampled and tasks.induction make pairs for any tokenizer"
+    require_all(name, len(kept), n, skipped, fix)
     left_out = sum(pair.dropped for pair in kept.values())
     return build(
         name,
@@ -88,21 +89,16 @@ def stream(name: str, settings: Mapping[str, Any]) -> random.Random:
     return random.Random(f"{name}/{settings.get('split', '')}/{settings['seed']}")
 
 
-def require_all(name: str, found: int, n: int, skipped: Mapping[str, int]) -> None:
+def require_all(name: str, found: int, n: int, skipped: Mapping[str, int], fix: str) -> None:
     """Raise where fewer than `n` pairs could be made."""
     if found == n:
         return
+    asked = f"{n} pairs of task {name!r}"
     reasons = "; ".join(f"{count} × {reason}" for reason, count in skipped.items()) or "nothing could be drawn"
     if found == 0:
-        raise EmptyTaskError(
-            f"{n} pairs of task {name!r}",
-            f"none that this model's tokenizer allows: {reasons}",
-            "use another task or other options; tasks.resampled and tasks.induction make pairs for any tokenizer",
-        )
+        raise EmptyTaskError(asked, f"none could be made with this model: {reasons}", fix)
     raise AlignmentError(
-        f"{n} pairs of task {name!r}",
-        f"only {found} could be made: {reasons}",
-        "ask for fewer pairs, or allow more options",
+        asked, f"only {found} could be made with this model: {reasons}", f"ask for fewer pairs, or {fix}"
     )
 
 

@@ -38,7 +38,7 @@ def ioi(
 ) -> Task:
     """Indirect object identification: "When A and B came to the river, B gave a book to" -> " A", not " B".
 
-    Spans: IO, S1, S1+1 (the token after S1), S2, END. Both orders of mention are drawn equally often.
+    Spans: IO, S1, S1+1 (the word after S1), S2, END. Both orders of mention are drawn equally often.
 
     Args:
         model: the model whose tokenizer the pairs must fit.

@@ -77,7 +77,7 @@ def _read(path: Path) -> list[Any]:
         raise UnknownTaskError(f"pairs file {str(path)!r}", "no such file", "give a JSONL file with one pair a line")
     rows = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines would also cut at U+2028 within a text
     except UnicodeDecodeError as error:
         raise SettingError(f"pairs file {str(path)!r}", f"not UTF-8 text ({error})", "save it as UTF-8") from error
     for number, line in enumerate(lines, start=1):
@@ -107,10 +107,10 @@ def _check_keys(row: Any, label: str) -> None:
             f"the keys {', '.join(row) or '(none)'}",
             "give clean and corrupt, or clean_tokens and corrupt_tokens, and an answer",
         )
-    for key, kind in (("clean", str), ("corrupt", str), ("clean_tokens", list), ("corrupt_tokens", list)):
-        value = row.get(key)
-        if key in row and not (value and isinstance(value, kind | tuple if kind is list else kind)):
-            raise SettingError(f"{label}: {key}", repr(value), f"give a {kind.__name__} that is not empty")
+    for keys, kind, wanted in ((KEYS[:2], str, "text"), (KEYS[2:4], list | tuple, "a list of token ids")):
+        for key in keys:
+            if key in row and not (isinstance(row[key], kind) and len(row[key])):
+                raise SettingError(f"{label}: {key}", repr(row[key]), f"give {wanted} that is not empty")
 
 
 def _text_pair(row: Mapping[str, Any], label: str) -> PairText:
@@ -151,8 +151,11 @@ def _answer(row: Mapping[str, Any], kind: str, label: str) -> Answer:
 
 
 def _spans(row: Mapping[str, Any], key: str, label: str) -> dict[str, Span]:
+    given = row.get(key, {})
+    if not isinstance(given, Mapping):
+        raise SettingError(f"{label}: {key}", repr(given), "give a mapping from names to [start, end)")
     spans = {}
-    for name, span in row.get(key, {}).items():
+    for name, span in given.items():
         if not (isinstance(span, list | tuple) and len(span) == 2 and all(isinstance(edge, int) for edge in span)):
             raise SettingError(f"{label}: span {name!r}", repr(span), "give two whole numbers, [start, end)")
         spans[name] = (span[0], span[1])

@@ -24,14 +24,15 @@ from torch import Tensor
 from mechattr.errors import EmptyTaskError, SettingError
 from mechattr.models.base import Batch, HookedModel
 from mechattr.tasks.align import Aligned, require_tokenizer
-from mechattr.tasks.build import batch_of_ids, build
+from mechattr.tasks.build import build, device_of
 from mechattr.tasks.drawing import REPEATED, check_count, require_all, stream
 from mechattr.tasks.metrics import Metric
 from mechattr.tasks.repeated import plain_ids
 from mechattr.tasks.task import Task
 
 FIRST = 4  # earlier positions say too little: there, pairs often do not differ in anything that matters
-TRIES = 20  # tried pairs for each pair that is asked for, before the rest count as impossible
+MINIMUM = 8  # prompts tried together when few pairs are missing
+TRIES = 10  # tried pairs for each pair that is asked for, before the rest count as impossible
 FIXED = "a place where the model leaves no probability for another token"
 
 
@@ -89,7 +90,7 @@ def resampled(
     seen: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
     supply, tried = itertools.cycle(prompts), 0
     while len(pairs) < n and tried < TRIES * n:
-        rows = list(itertools.islice(supply, min(n - len(pairs), batch_size)))
+        rows = list(itertools.islice(supply, min(max(n - len(pairs), MINIMUM), batch_size)))
         tried += len(rows)
         for pair in _make(model, rows, changed, rng):
             if pair is None:
@@ -99,7 +100,9 @@ def resampled(
             else:
                 seen.add((pair.clean, pair.corrupt))
                 pairs.append(pair)
-    require_all("resampled", len(pairs), n, skipped)
+            if len(pairs) == n:
+                break
+    require_all("resampled", len(pairs), n, skipped, "give more or other texts, or change more tokens")
     settings = {"task": "resampled", "n": n, "seed": seed, "changed": changed, "length": length}
     return build("resampled", model, pairs, metric=metric, settings=settings, skipped=skipped)
 
@@ -119,9 +122,11 @@ def _prompts(model: HookedModel, texts: Sequence[str] | Batch, length: int) -> t
 
 def _make(model: HookedModel, prompts: list[list[int]], changed: int, rng: random.Random) -> list[Aligned | None]:
     """One pair a prompt, or None where no other token can stand."""
-    length = len(prompts[0])
-    positions = torch.tensor([sorted(rng.sample(range(FIRST, length - 1), changed)) for _ in prompts])
-    quantiles = torch.tensor([[rng.random() for _ in range(changed)] for _ in prompts], dtype=torch.float64)
+    places = range(FIRST, len(prompts[0]) - 1)
+    # All draws of one prompt come in a row, so the pairs do not depend on the batch size.
+    draws = [(sorted(rng.sample(places, changed)), [rng.random() for _ in range(changed)]) for _ in prompts]
+    positions = torch.tensor([at for at, _ in draws])
+    quantiles = torch.tensor([quantile for _, quantile in draws], dtype=torch.float64)
     clean = torch.tensor(prompts)
     corrupt, rows = clean.clone(), torch.arange(len(clean))
     possible = torch.ones(len(clean), dtype=torch.bool)
@@ -150,7 +155,7 @@ def _make(model: HookedModel, prompts: list[list[int]], changed: int, rng: rando
 
 
 def _logits(model: HookedModel, tokens: Int[Tensor, "row pos"]) -> Float[Tensor, "row pos d_vocab"]:
-    return model.run(batch_of_ids(model, tokens.tolist())).logits.detach().double().cpu()
+    return model.run(Batch.of(tokens.to(device_of(model)))).logits.detach().double().cpu()
 
 
 def _draw(p: Float[Tensor, "row d_vocab"], quantile: Float[Tensor, " row"]) -> Int[Tensor, " row"]:

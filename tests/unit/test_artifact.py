@@ -255,7 +255,7 @@ def test_tables_of_nothing() -> None:
 
 def test_passes_and_extras_come_from_the_result_or_are_refused() -> None:
     assert attribution(passes={"forward": 2, "backward": 0.5}).passes == Passes(forward=2, backward=0.5)
-    with pytest.raises(SettingError, match="did not count its passes"):
+    with pytest.raises(SettingError, match="use a method that counts its passes"):
         _ = attribution().passes
     tokens = Labelled(torch.zeros(3), ("pos",))
     assert Attribution({"tokens": tokens}).tokens is tokens
@@ -281,7 +281,7 @@ def test_the_notebook_view_is_a_short_escaped_table() -> None:
         {"score/mlp_out": scores}, settings={"method": "<atp>", "n_pairs": 8, "passes": {"forward": 2, "backward": 1}}
     )._repr_html_()
     assert shown.count("<tr") == 1 + 20
-    assert "&lt;atp&gt;, 8 pairs" in shown
+    assert "method &lt;atp&gt;, 8 pairs, 2 forward and 1 backward passes" in shown
     assert "&lt;i&gt;" in shown
     assert "<i>" not in shown
     assert "and 5 more" in cache(tuple(range(24)))._repr_html_()

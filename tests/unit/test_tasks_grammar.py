@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import random
 import re
 import subprocess
@@ -44,9 +43,7 @@ def test_grammars_need_the_standard_library_only() -> None:
 
 @pytest.mark.parametrize("grammar", GRAMMARS)
 def test_same_seed_same_pairs_and_other_seed_other_pairs(grammar: ModuleType) -> None:
-    first, second, third = (
-        [grammar.draw(rng, "test") for _ in range(20)] for rng in map(random.Random, (5, 5, 6))
-    )
+    first, second, third = ([grammar.draw(rng, "test") for _ in range(20)] for rng in map(random.Random, (5, 5, 6)))
     assert first == second
     assert first != third
 

@@ -92,15 +92,15 @@ def draw(
         corrupt=corrupt,
         answer=" " + indirect,
         foil=" " + subject,
-        spans=_roles(spans, mention),
-        corrupt_spans=_roles(corrupt_spans, mention),
+        spans=_roles(clean, spans, mention),
+        corrupt_spans=_roles(corrupt, corrupt_spans, mention),
         factors={"order": mention, "template": index, "corruption": corruption},
     )
 
 
-def _roles(spans: dict[str, Span], order: Order) -> dict[str, Span]:
+def _roles(text: str, spans: dict[str, Span], order: Order) -> dict[str, Span]:
     """Rename the slots by role, and add S1+1, the word after the first mention of the subject."""
     first, second = spans["X"], spans["Y"]
     indirect, subject = (first, second) if order == "ABBA" else (second, first)
     after = subject[1] + 1  # one space follows every name in the templates
-    return {"IO": indirect, "S1": subject, "S1+1": (after, after + 1), "S2": spans["S2"]}
+    return {"IO": indirect, "S1": subject, "S1+1": (after, text.index(" ", after)), "S2": spans["S2"]}

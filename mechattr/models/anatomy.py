@@ -1,0 +1,84 @@
+"""Finding the modules of a transformers model that carry its sites."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from mechattr.errors import UnsupportedModelError
+from mechattr.models.architectures import Family
+from mechattr.models.norms import is_norm
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Anatomy:
+    """The modules of one model that carry sites.
+
+    Attributes:
+        base: the model without its head.
+        blocks: the blocks.
+        parts: for each block, the modules of its family row by field name.
+        ends: `embed`, `pos_embed` and `final`.
+        norms: every norm module, for the rule that freezes them.
+        configured: the modules that hold the model's config object, from which attention takes its implementation.
+    """
+
+    base: nn.Module
+    family: Family
+    blocks: tuple[nn.Module, ...]
+    parts: tuple[dict[str, nn.Module], ...]
+    ends: dict[str, nn.Module]
+    norms: tuple[nn.Module, ...]
+    configured: tuple[nn.Module, ...]
+    n_heads: int
+    n_kv_heads: int
+
+
+PARTS = ("ln1", "attn", "o", "attn_out", "ln2", "gate", "up", "down", "mlp_out", "q", "k", "v", "qkv")
+
+
+def locate(model: Any, family: Family, n_heads: int, n_kv_heads: int) -> Anatomy:
+    """Finds the modules of a family row.
+
+    Raises:
+        UnsupportedModelError: a module of the row is missing.
+    """
+    base = model.base_model
+    missing: list[str] = []
+
+    def find(root: nn.Module, path: str | None) -> nn.Module | None:
+        if path is None:
+            return None
+        try:
+            return root.get_submodule(path)
+        except AttributeError:
+            missing.append(path)
+            return None
+
+    blocks = find(base, family.layers)
+    block_list = tuple(blocks.children()) if blocks is not None else ()
+    parts = tuple(
+        {name: m for name in PARTS if (m := find(block, getattr(family, name))) is not None} for block in block_list
+    )
+    ends = {name: m for name in ("embed", "pos_embed", "final") if (m := find(base, getattr(family, name))) is not None}
+    if missing or not block_list:
+        children = ", ".join(name for name, _ in (block_list[0] if block_list else base).named_children())
+        raise UnsupportedModelError(
+            f"a hooked model of family {model.config.model_type!r}",
+            f"no module at {', '.join(sorted(set(missing))) or family.layers}; found {children}",
+            "use the transformers class of this family, with its own module names",
+        )
+    config = model.config
+    return Anatomy(
+        base,
+        family,
+        block_list,
+        parts,
+        ends,
+        tuple(m for m in base.modules() if is_norm(m)),
+        tuple(m for m in model.modules() if m.__dict__.get("config") is config),
+        n_heads,
+        n_kv_heads,
+    )

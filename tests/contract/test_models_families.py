@@ -1,0 +1,169 @@
+"""What every supported family promises: the model's own numbers, whatever is tapped, padded or restarted."""
+
+from __future__ import annotations
+
+import families
+import pytest
+import torch
+
+from mechattr.errors import UnknownSiteError, UnsupportedFeatureError
+from mechattr.models import Add, Batch, Edit, Set, Start
+from mechattr.sites import parse
+
+every_family = pytest.mark.parametrize("family", families.FAMILIES)
+IMPLEMENTATIONS = ("eager", "sdpa")
+DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+
+
+def largest(x: torch.Tensor) -> float:
+    return max(1.0, float(x.abs().max()))
+
+
+def same(found: torch.Tensor, wanted: torch.Tensor, relative: float) -> None:
+    """Equal up to `relative` of the largest entry."""
+    seen = wanted.where(wanted > -1e30, 0)  # masked scores are the most negative number of the dtype
+    torch.testing.assert_close(found.where(wanted > -1e30, 0), seen, rtol=0, atol=relative * largest(seen))
+
+
+@every_family
+@pytest.mark.parametrize("attention", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_without_taps_logits_are_those_of_the_model_bit_for_bit(family, attention, dtype):
+    model = families.hooked(family, dtype, attention)
+    ids = families.tokens()
+    with torch.no_grad():
+        own = model.model(ids).logits
+    assert torch.equal(model.run(Batch.of(ids)).logits, own)
+    for side in ("left", "right"):
+        batch = families.ragged(side)
+        positions = batch.positions.clamp(min=0)
+        with torch.no_grad():
+            own = model.model(batch.tokens, attention_mask=batch.mask.long(), position_ids=positions).logits
+        assert torch.equal(model.run(batch).logits, own)
+
+
+@every_family
+@pytest.mark.parametrize("attention", IMPLEMENTATIONS)
+def test_taps_outside_scores_and_pattern_keep_every_bit(family, attention):
+    model, batch = families.hooked(family, attention=attention), Batch.of(families.tokens())
+    sites = [name for name in model.sites() if parse(name)[0] not in ("attn_scores", "pattern", "result")]
+    run = model.run(batch, record=sites)
+    assert set(run.activations) == set(sites)
+    assert torch.equal(run.logits, model.run(batch).logits)
+
+
+@every_family
+def test_with_all_taps_logits_stay_within_1e_5(family):
+    model, batch = families.hooked(family), families.ragged("left")
+    run = model.run(batch, record=model.sites(), metric=families.probe, gradients=model.sites())
+    same(run.logits[batch.mask], model.run(batch).logits[batch.mask], 1e-5)  # `result` sums heads in another order
+
+
+@every_family
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_padded_batch_gives_what_its_rows_give_alone(family, side):
+    model, batch = families.hooked(family, torch.float64), families.ragged(side)
+    sites = model.sites()
+    together = model.run(batch, record=sites, metric=families.probe, gradients=sites)
+    for row, length in enumerate(batch.lengths.tolist()):
+        real = batch.mask[row]
+        alone = model.run(Batch.of(batch.tokens[row, real]), record=sites, metric=families.probe, gradients=sites)
+        # softmaxes and RMS norms of transformers work in float32 whatever the model's dtype, hence 1e-5
+        same(together.logits[row, real], alone.logits[0], 1e-5)
+        same(together.metric[row], alone.metric[0], 1e-5)
+        for name in sites:
+            for whole, single in ((together.activations, alone.activations), (together.gradients, alone.gradients)):
+                part = whole[name].values[row]
+                part = part[:, real][:, :, real] if "query" in whole[name].axes else part[real]
+                assert len(single[name].values[0]) in (length, model.info.n_heads)
+                same(part, single[name].values[0], 1e-5)
+
+
+@every_family
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_padded_batch_gives_the_logits_of_its_rows_in_float32(family, side):
+    model, batch = families.hooked(family), families.ragged(side)
+    together = model.run(batch).logits
+    for row in range(len(batch)):
+        real = batch.mask[row]
+        same(together[row, real], model.run(Batch.of(batch.tokens[row, real])).logits[0], 1e-5)  # float32 sums
+
+
+def test_control_the_default_position_ids_of_a_left_padded_batch_are_wrong():
+    model, batch = families.hooked("gpt2"), families.ragged("left")
+    with torch.no_grad():
+        default = model.model(batch.tokens, attention_mask=batch.mask.long()).logits
+    alone = model.run(Batch.of(batch.tokens[1, batch.mask[1]])).logits[0]
+    with pytest.raises(AssertionError):
+        same(default[1, batch.mask[1]], alone, 1e-5)
+
+
+@every_family
+def test_an_edit_that_changes_nothing_changes_no_bit(family):
+    model, batch = families.hooked(family), families.ragged("right")
+    for short in dict.fromkeys(parse(name)[0] for name in model.sites()):
+        inside = short in ("attn_scores", "pattern")
+        plain = model.run(batch, record=[short] if inside else []).logits  # the same attention path
+        edited = model.run(batch, edits=[Edit(short, lambda x, place: x)]).logits
+        if short == "result":
+            same(edited[batch.mask], plain[batch.mask], 1e-5)  # the sum over heads is taken in another order
+        else:
+            assert torch.equal(edited, plain), short
+
+
+@every_family
+def test_patching_every_position_at_the_embedding_gives_the_other_run(family):
+    model = families.hooked(family)
+    clean, corrupt = Batch.of(families.tokens(seed=1)), Batch.of(families.tokens(seed=2))
+    other = model.run(corrupt, record="embed")
+    assert torch.equal(model.run(clean, edits=[Edit("embed", Set(other.activations))]).logits, other.logits)
+    assert not torch.equal(model.run(clean).logits, other.logits)
+
+
+@every_family
+def test_a_run_from_a_cached_residual_equals_the_whole_run(family):
+    model, batch = families.hooked(family), families.ragged("left")
+    edit = Edit("z", Add(0.5), layers=[1], heads=[1], positions=[-1])
+    whole = model.run(batch, edits=[edit], record=("resid_pre", "mlp_out"), metric=families.probe, gradients="mlp_post")
+    for layer in range(model.info.n_layers):
+        start = Start(layer, whole.activations["resid_pre", layer].values)
+        sites = [n for n in model.sites() if parse(n)[0] == "mlp_out" and parse(n)[1] >= layer]
+        nodes = [n for n in model.sites() if parse(n)[0] == "mlp_post" and parse(n)[1] >= layer]
+        part = model.run(batch, edits=[edit], record=sites, metric=families.probe, gradients=nodes, start=start)
+        assert torch.equal(part.logits, whole.logits)
+        assert all(torch.equal(part.activations[n].values, whole.activations[n].values) for n in sites)
+        assert all(torch.equal(part.gradients[n].values, whole.gradients[n].values) for n in nodes)
+    start = Start(1, whole.activations["resid_pre", 1].values)
+    for name in ("blocks.0.attn.hook_z", "hook_embed"):
+        with pytest.raises(UnsupportedFeatureError, match=r"(?s)site .* did not fire .* the run starts at block 1"):
+            model.run(batch, record=name, start=start)
+
+
+@every_family
+def test_resid_post_is_resid_mid_plus_mlp_out_after_an_edit_of_resid_mid(family):
+    model, batch = families.hooked(family, torch.float64), Batch.of(families.tokens())
+    if "blocks.0.hook_resid_mid" not in model.sites():
+        assert model.info.parallel or model.info.post_norm
+        with pytest.raises(UnknownSiteError, match="this model has no such site"):
+            model.run(batch, record="resid_mid")
+        return
+    noise = torch.randn(3, 7, 24, dtype=torch.float64)
+    run = model.run(batch, record=("resid_mid", "mlp_out", "resid_post"), edits=[Edit("resid_mid", Add(noise))])
+    plain = model.run(batch, record=("resid_mid", "resid_post"))
+    moved = run.activations["resid_mid", 0].values - plain.activations["resid_mid", 0].values
+    torch.testing.assert_close(moved, noise, rtol=0, atol=1e-12)  # sums in float64
+    for layer in range(2):
+        mid, out, post = (run.activations[short, layer].values for short in ("resid_mid", "mlp_out", "resid_post"))
+        torch.testing.assert_close(post, mid + out, rtol=0, atol=1e-12)  # sums in float64
+
+
+def test_control_an_alias_of_the_mlp_norms_input_leaves_the_skip_path_behind():
+    model, batch = families.hooked("gpt2", torch.float64), Batch.of(families.tokens())
+    noise = torch.randn(3, 7, 24, dtype=torch.float64)
+    handle = model.model.transformer.h[0].ln_2.register_forward_pre_hook(lambda m, args: (args[0] + noise,))
+    try:
+        run = model.run(batch, record=("resid_mid", "mlp_out", "resid_post"))
+    finally:
+        handle.remove()
+    mid, out, post = (run.activations[short, 0].values for short in ("resid_mid", "mlp_out", "resid_post"))
+    assert (post - (mid + noise + out)).abs().max() > 0.1
