@@ -203,21 +203,31 @@ def _lines(path: Path) -> list[str]:
 
 
 def _table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Rows with equal keys as a table: numbers to the right, what is missing empty."""
+    """Rows with equal keys as a table: numbers to the right with equal decimals in a column, what is missing empty."""
     table = Table(title=title)
+    columns = []
     for name in rows[0] if rows else ():
-        numeric = all(isinstance(row[name], int | float | None) for row in rows)
+        values = [row[name] for row in rows]
+        numeric = all(isinstance(value, int | float | None) for value in values)
         table.add_column(name, justify="right" if numeric else "left")
-    for row in rows:
-        table.add_row(*(escape(_cell(value)) for value in row.values()))
+        decimals = _decimals([value for value in values if isinstance(value, float) and math.isfinite(value)])
+        columns.append([escape(_cell(value, decimals)) for value in values])
+    for cells in zip(*columns, strict=True):
+        table.add_row(*cells)
     return table
 
 
-def _cell(value: object) -> str:
+def _decimals(values: Sequence[float]) -> int:
+    """Decimals that show the largest value with four digits."""
+    largest = max(map(abs, values), default=0.0)
+    return 3 if largest == 0 else min(6, max(0, 3 - math.floor(math.log10(largest))))
+
+
+def _cell(value: object, decimals: int) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if isinstance(value, float):
-        return f"{value:.4g}"
+        return f"{value:.{decimals}f}"
     if isinstance(value, list | tuple):
         return " ".join(map(str, value))
     return str(value)

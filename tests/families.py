@@ -66,7 +66,8 @@ def model(family: str, dtype: torch.dtype = torch.float32, attention: str = "eag
     with torch.no_grad():
         for name, parameter in sorted(built.named_parameters()):
             noise = torch.randn(parameter.shape, generator=generator)
-            centre = 1.0 if "norm" in name.lower() and name.endswith("weight") else 0.0
+            is_norm = "norm" in name.lower() or ".ln_" in name
+            centre = 1.0 if is_norm and name.endswith("weight") else 0.0
             centre = 0.0 if family.startswith("gemma") else centre
             parameter.copy_(centre + 0.3 * noise)
     return built.to(dtype).eval()
@@ -96,12 +97,13 @@ def hooked(family: str, dtype: torch.dtype = torch.float32, attention: str = "ea
 
 
 def ragged(side: str = "right", lengths: tuple[int, ...] = (7, 4, 5)) -> Batch:
-    """Rows of different lengths, padded on one side."""
+    """Rows of different lengths, the same ones padded on either side."""
     ids, width = tokens(len(lengths), max(lengths)), max(lengths)
-    mask = torch.zeros_like(ids, dtype=torch.bool)
+    padded, mask = torch.full_like(ids, 2), torch.zeros_like(ids, dtype=torch.bool)
     for row, length in enumerate(lengths):
-        mask[row, slice(0, length) if side == "right" else slice(width - length, width)] = True
-    return Batch.of(ids.where(mask, 2), mask)
+        place = slice(0, length) if side == "right" else slice(width - length, width)
+        padded[row, place], mask[row, place] = ids[row, :length], True
+    return Batch.of(padded, mask)
 
 
 def probe(logits: torch.Tensor, batch: Batch) -> torch.Tensor:

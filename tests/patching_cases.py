@@ -1,5 +1,5 @@
-"""What the tests of patching share: small tasks on token ids, and both methods straight from their definitions, one node,
-one prompt and one run at a time."""
+"""What the tests of patching share: small tasks on token ids, and both methods straight from their definitions, one
+node, one prompt and one run at a time."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 import families
-import mechattr as ma
 import torch
+from torch import Tensor
+
+import mechattr as ma
 from mechattr.models.base import Batch
 from mechattr.models.edits import Edit
 from mechattr.models.hf import HookedHF
@@ -17,7 +19,8 @@ from mechattr.models.plain import plain_model
 from mechattr.models.plain_config import PlainConfig
 from mechattr.sites import SITES, Node, expand, parse
 from mechattr.tasks.task import Task
-from torch import Tensor
+
+torch.set_num_threads(1)  # these tensors are tiny: a second thread is only waited for
 
 TAKEN = {"q": "rot_q", "k": "rot_k"}
 SIZES: dict[str, Any] = {"n_layers": 2, "n_heads": 2, "n_kv_heads": 2, "d_mlp": 5, "d_model": 8}
@@ -43,7 +46,9 @@ def shorts(model: Any) -> list[str]:
     return list(dict.fromkeys(parse(name)[0] for name in model.sites()))
 
 
-def pairs_task(model: Any, lengths: Sequence[int] = (5, 5, 5), *, changed: Sequence[int] = (1, 2), seed: int = 0) -> Task:
+def pairs_task(
+    model: Any, lengths: Sequence[int] = (5, 5, 5), *, changed: Sequence[int] = (1, 2), seed: int = 0
+) -> Task:
     """Random prompts; `corrupt` differs at the positions `changed`. The span A has several tokens and B one."""
     generator = torch.Generator().manual_seed(seed)
     pairs = []
@@ -124,7 +129,13 @@ def _runs(task: Task, row: int, direction: str) -> tuple[Batch, Batch]:
 
 
 def atp_effects(
-    model: Any, task: Task, nodes: Sequence[Node], *, positions: str = "aligned", direction: str = "noising", wrong: str = ""
+    model: Any,
+    task: Task,
+    nodes: Sequence[Node],
+    *,
+    positions: str = "aligned",
+    direction: str = "noising",
+    wrong: str = "",
 ) -> Tensor:
     """[pair, node]: change of the activation times gradient; `wrong` names a mistake to make on purpose."""
     names = list(dict.fromkeys(full(model, node) for node in nodes))
@@ -187,7 +198,9 @@ def assert_same(left: ma.Attribution, right: ma.Attribution, tolerance: float) -
     """Equal tables."""
     assert dict(tables(left)).keys() == dict(tables(right)).keys()
     for name, table in tables(left):
-        torch.testing.assert_close(table, right.tensors[name].values, rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            table, right.tensors[name].values, rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def bigness(model: Any, task: Task) -> float:

@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 from data.train import mixture
 from data.train.corpus import HELD_OUT_EVERY
-from data.train.schedule import RUNS, SEED, Phase, Shares
+from data.train.schedule import RUNS, SEED, Phase, Run, Shares
 
 TEMPLATE = Path(__file__).with_name("card.md")
 FILES = ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "metrics.json")
@@ -67,16 +67,15 @@ def listed(shares: Shares) -> str:
     return ", ".join(f"{name} {share / total:.0%}" for name, share in shares.items())
 
 
-def schedule(phases: Sequence[Phase]) -> str:
-    """The table of phases of one run."""
-    head = "| steps | rows × tokens | learning rate | rows | task sentences | span lengths |"
-    lines = [head, "|---|---|---|---|---|---|"]
-    for phase in phases:
+def schedule(run: Run) -> str:
+    """The table of phases of one run, and its learning rates."""
+    lines = ["| steps | rows × tokens | rows | task sentences | span lengths |", "|---|---|---|---|---|"]
+    for phase in run.phases:
         tasks = listed(phase.tasks) if "tasks" in phase.kinds else ""
         spans = f"{phase.span[0]} to {phase.span[1]}" if "spans" in phase.kinds else ""
-        size, rate = f"{phase.rows} × {phase.length}", f"{phase.rate[0]:g} → {phase.rate[1]:g}"
-        lines.append(f"| {phase.steps} | {size} | {rate} | {listed(phase.kinds)} | {tasks} | {spans} |")
-    return "\n".join(lines)
+        lines.append(f"| {phase.steps} | {phase.rows} × {phase.length} | {listed(phase.kinds)} | {tasks} | {spans} |")
+    rates = "; ".join(f"{rate.first:g} to {rate.last:g} in {rate.steps} steps" for rate in run.rates)
+    return "\n".join([*lines, "", f"Learning rate: {rates}."])
 
 
 def card(folder: Path, minutes: int) -> str:
@@ -97,9 +96,9 @@ def card(folder: Path, minutes: int) -> str:
         pairs=metrics["pairs"],
         evaluation_seed=metrics["seed"],
         every=HELD_OUT_EVERY,
-        control_prose=millions(control),
-        prose=millions(main, WINDOWS),
-        tokens=millions(main),
+        control_prose=millions(control.phases),
+        prose=millions(main.phases, WINDOWS),
+        tokens=millions(main.phases),
         sample="\n".join(f"> {line}".rstrip() for line in metrics["model"]["sample"].split("\n")),
         answer_weight=f"{mixture.ANSWER_WEIGHT:g}",
         prompt_weight=f"{mixture.PROMPT_WEIGHT:g}",

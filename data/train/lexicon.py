@@ -5,20 +5,42 @@ that agrees with a noun, none goes on with "he" or "she", and no one hands anyth
 """
 
 import random
+from dataclasses import dataclass
 
 from data.train.variety import GENDERED, MEN, NOUNS, WOMEN
 from mechattr.tasks.grammar import gendered_pronoun, subject_verb
 from mechattr.tasks.grammar.names import FEMALE, MALE
 
 SPLITS = ("train", "test")
-THINGS = tuple(noun for split in SPLITS for noun in subject_verb.THINGS[split]) + NOUNS
-PEOPLE = tuple(noun for split in SPLITS for noun in subject_verb.PEOPLE[split])
-PAIRS = tuple(pair for split in SPLITS for pair in gendered_pronoun.NOUNS[split]) + GENDERED
-KNOWN = {word for pair in PAIRS for word in pair}
-NAMES = (
-    tuple(name for split in SPLITS for name in MALE[split]) + MEN,
-    tuple(name for split in SPLITS for name in FEMALE[split]) + WOMEN,
+
+
+@dataclass(frozen=True)
+class Words:
+    """Words by what is shown of them: number (things, people) or gender (pairs, names)."""
+
+    things: tuple[str, ...]
+    people: tuple[str, ...]
+    pairs: tuple[tuple[str, str], ...]
+    names: tuple[tuple[str, ...], tuple[str, ...]]
+
+
+# The words of the generators alone, many of them rare in the books; and these with the words of `variety`.
+OWN_WORDS = Words(
+    things=tuple(noun for split in SPLITS for noun in subject_verb.THINGS[split]),
+    people=tuple(noun for split in SPLITS for noun in subject_verb.PEOPLE[split]),
+    pairs=tuple(pair for split in SPLITS for pair in gendered_pronoun.NOUNS[split]),
+    names=(
+        tuple(name for split in SPLITS for name in MALE[split]),
+        tuple(name for split in SPLITS for name in FEMALE[split]),
+    ),
 )
+ALL_WORDS = Words(
+    things=OWN_WORDS.things + NOUNS,
+    people=OWN_WORDS.people,
+    pairs=OWN_WORDS.pairs + GENDERED,
+    names=(OWN_WORDS.names[0] + MEN, OWN_WORDS.names[1] + WOMEN),
+)
+KNOWN = {word for pair in ALL_WORDS.pairs for word in pair}
 
 ONE = ("one", "this", "that", "a single", "each", "another", "every", "the same")
 MANY = ("two", "these", "those", "many", "several", "three", "a few", "all the", "both", "some of the", "ten")
@@ -56,26 +78,28 @@ OWN = (
 )
 
 
-def counted(rng: random.Random) -> tuple[str, str]:
+def counted(rng: random.Random, words: Words) -> tuple[str, str]:
     """A word that goes with one number, and a noun in that number."""
-    noun, many = rng.choice(rng.choice((THINGS, PEOPLE))), rng.random() < 0.5
+    noun, many = rng.choice(rng.choice((words.things, words.people))), rng.random() < 0.5
     lead = f"{rng.choice(WE)} {rng.choice(SAW)} " if rng.random() < 0.5 else ""
     return lead + rng.choice(MANY if many else ONE), f" {noun}{'s' * many}"
 
 
-def referred(rng: random.Random) -> tuple[str, str]:
+def referred(rng: random.Random, words: Words) -> tuple[str, str]:
     """A noun of no known gender, and later "it" or "them", "him" or "her"."""
     people, many = rng.random() < 0.3, rng.random() < 0.5
-    noun = rng.choice(tuple(word for word in (PEOPLE if people else THINGS) if word not in KNOWN)) + "s" * many
+    noun = (
+        rng.choice(tuple(word for word in (words.people if people else words.things) if word not in KNOWN)) + "s" * many
+    )
     one = rng.choice((" him", " her")) if people else " it"
     text = f"{rng.choice(WE)} {rng.choice(SAW)} the {noun}{rng.choice(AND)} we {rng.choice(LIKED)}"
     return text, " them" if many else one
 
 
-def gendered(rng: random.Random) -> tuple[str, str]:
+def gendered(rng: random.Random, words: Words) -> tuple[str, str]:
     """A person, and later "him" or "her", "his" or "her", "himself" or "herself"."""
     female = rng.random() < 0.5
-    person = rng.choice(NAMES[female]) if rng.random() < 0.5 else "the " + rng.choice(PAIRS)[female]
+    person = rng.choice(words.names[female]) if rng.random() < 0.5 else "the " + rng.choice(words.pairs)[female]
     kind = rng.randrange(3)
     if kind == 0:
         text = f"{rng.choice(WE)} {rng.choice(SAW)} {person}{rng.choice(AND)} we {rng.choice(LIKED)}"
@@ -85,6 +109,6 @@ def gendered(rng: random.Random) -> tuple[str, str]:
     return f"{rng.choice(WE)} {rng.choice(SAW)} {person}", " herself" if female else " himself"
 
 
-def draw(rng: random.Random) -> tuple[str, str]:
+def draw(rng: random.Random, words: Words) -> tuple[str, str]:
     """A phrase in two parts; the second is the one that number or gender decides."""
-    return rng.choice((counted, referred, gendered, gendered))(rng)
+    return rng.choice((counted, referred, gendered, gendered))(rng, words)

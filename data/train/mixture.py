@@ -9,9 +9,11 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from data.train import lexicon, sentences, variety
+from data.train import lexicon as phrases
+from data.train import sentences, variety
 from data.train.corpus import END
 from data.train.schedule import Phase
+from mechattr.tasks.grammar.names import FEMALE, MALE
 from mechattr.tasks.pairtext import PairText
 
 ANSWER_WEIGHT = 5.0  # the answer is one token of some fifteen, and the one that matters
@@ -20,6 +22,7 @@ SWAPPED = 0.35  # share of the name-transfer sentences whose two names become an
 NOISE = 0.1  # share of their other words that become random words
 VARIED = 0.7  # share of the other sentences that get other words, see `variety`
 LEADS = ("\n", END, ". ")  # what stands between two pieces of a row
+LINKS = (",", " and", " to", " to the year", " until the year", " or", ", then", " before")  # between two years
 
 Row = tuple[list[int], list[float]]  # tokens, and the weight of each as a prediction target
 
@@ -92,17 +95,41 @@ class Mixture:
 
     def lexicon(self, rng: random.Random, phase: Phase) -> Row:
         """Phrases that show the number and the gender of words."""
+        return self._phrases(rng, phase, phrases.ALL_WORDS)
+
+    def rare_words(self, rng: random.Random, phase: Phase) -> Row:
+        """The same phrases with the words of the task generators alone."""
+        return self._phrases(rng, phase, phrases.OWN_WORDS)
+
+    def years(self, rng: random.Random, phase: Phase) -> Row:
+        """Rising years of one century, one list after the other: the order of the two-digit numbers."""
+        tokens = [0] * rng.randrange(2)
+        weights = [0.0] * len(tokens)
+        while len(tokens) <= phase.length:
+            century, year, link = rng.randint(10, 20), rng.randint(0, 98), rng.choice(LINKS)
+            lead = rng.choice(LEADS) if len(tokens) > 1 else ""
+            tokens += self.tokenizer.encode(f"{lead}The year {century}{year:02d}").ids
+            weights += [PROMPT_WEIGHT] * (len(tokens) - len(weights))
+            while year < 99:
+                year = rng.randint(year + 1, 99)
+                tokens += self.tokenizer.encode(f"{link} {century}{year:02d}").ids
+                weights += [0.0] * (len(tokens) - len(weights) - 1) + [1.0]
+        return tokens, weights
+
+    def _phrases(self, rng: random.Random, phase: Phase, words: phrases.Words) -> Row:
         tokens = [0] * rng.randrange(2)
         weights = [0.0] * len(tokens)
         while len(tokens) <= phase.length:
             lead = rng.choice(LEADS) if len(tokens) > 1 else ""
-            start, decided = lexicon.draw(rng)
+            start, decided = phrases.draw(rng, words)
             before, after = self.tokenizer.encode(lead + start).ids, self.tokenizer.encode(decided).ids
             tokens += before + after
             weights += [PROMPT_WEIGHT] * len(before) + [1.0] * len(after)
         return tokens, weights
 
     def _sentence(self, rng: random.Random, task: str, lead: str) -> tuple[list[int], list[int]]:
+        if task in ("transfer", "scattered"):
+            return self._transfer(rng, lead, scattered=task == "scattered")
         pair = sentences.GRAMMARS[task].draw(rng, "train")
         if task == "ioi" and rng.random() < SWAPPED:
             return self._swapped(rng, pair, lead)
@@ -120,6 +147,15 @@ class Mixture:
         noisy = [rng.choice(self._swaps) if token not in swap and rng.random() < NOISE else token for token in prompt]
         return [swap.get(token, token) for token in (*noisy[:-1], prompt[-1])], [swap[names[0]]]
 
+    def _transfer(self, rng: random.Random, lead: str, *, scattered: bool) -> tuple[list[int], list[int]]:
+        """A composed name transfer, half of the time between two random words; scattered: with noise in between."""
+        words = self._words if rng.random() < 0.5 else variety.MEN + variety.WOMEN + MALE["train"] + FEMALE["train"]
+        first, second = rng.sample(words, 2)
+        prompt, answer = variety.composed(rng, first, second)
+        if scattered:
+            prompt = variety.scatter(rng, prompt, keep=(first, second), noise=self._words)
+        return self.tokenizer.encode(lead + prompt).ids, self.tokenizer.encode(answer).ids
+
     def _window(self, rng: random.Random, phase: Phase, start: int) -> Row:
         first = [0] * rng.randrange(2)
         tokens = first + self.prose[start : start + phase.length + 1].tolist()
@@ -134,9 +170,14 @@ class Mixture:
         return [order[low:high] for low, high in bounds.T if high > low]
 
     @cached_property
+    def _words(self) -> list[str]:
+        """Whole words of the vocabulary, without the fillers of the test split, in the order of their tokens."""
+        held_out = set(sentences.words("test"))
+        tokens = sorted(self.tokenizer.get_vocab().items(), key=lambda item: item[1])
+        words = (token[1:] for token, _ in tokens if token[0] == "Ġ" and token[1:].isalpha())
+        return [word for word in words if word not in held_out]
+
+    @cached_property
     def _swaps(self) -> list[int]:
-        """Whole words of the vocabulary, without the fillers of the test split."""
-        held_out = {f"Ġ{word}" for word in sentences.words("test")}
         vocabulary = self.tokenizer.get_vocab()
-        whole = {word for word in vocabulary if word[0] == "Ġ" and word[1:].isalpha()}
-        return sorted(vocabulary[word] for word in whole - held_out)
+        return [vocabulary["Ġ" + word] for word in self._words]

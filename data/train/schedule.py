@@ -2,17 +2,46 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 SEED = 0
 VOCABULARY = 2560
 SIZES = {"n_positions": 128, "n_embd": 128, "n_layer": 4, "n_head": 4}
 
+Stretch = TypeVar("Stretch", "Phase", "Rate")
 Shares = Mapping[str, float]
 TASKS: Shares = {"ioi": 0.3, "subject_verb": 0.3, "gendered_pronoun": 0.2, "greater_than": 0.2}
 UNSPLIT: Shares = {
     "ioi": 0.7,
     "greater_than": 0.3,
 }  # what copying and counting can do before prose has taught the words
+
+WIDER: Shares = {
+    "spans": 0.10, "tasks": 0.30, "lexicon": 0.04, "rare_words": 0.13, "passage": 0.28, "around_word": 0.15,
+}  # fmt: skip
+WIDEST: Shares = {
+    "spans": 0.10, "tasks": 0.32, "lexicon": 0.04, "rare_words": 0.12, "years": 0.06, "passage": 0.24,
+    "around_word": 0.12,
+}  # fmt: skip
+LAST: Shares = {
+    "spans": 0.08, "tasks": 0.42, "lexicon": 0.03, "rare_words": 0.12, "years": 0.02, "passage": 0.22,
+    "around_word": 0.11,
+}  # fmt: skip
+ALL: Shares = {"ioi": 0.15, "transfer": 0.35, "subject_verb": 0.25, "gendered_pronoun": 0.15, "greater_than": 0.1}
+SCATTERED: Shares = {
+    "ioi": 0.12, "transfer": 0.20, "scattered": 0.22, "subject_verb": 0.22, "gendered_pronoun": 0.16,
+    "greater_than": 0.08,
+}  # fmt: skip
+
+COUNTED: Shares = {
+    "ioi": 0.12, "transfer": 0.16, "scattered": 0.18, "subject_verb": 0.20, "gendered_pronoun": 0.13,
+    "greater_than": 0.21,
+}  # fmt: skip
+
+NAMED: Shares = {
+    "ioi": 0.12, "transfer": 0.20, "scattered": 0.30, "subject_verb": 0.18, "gendered_pronoun": 0.11,
+    "greater_than": 0.09,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +52,6 @@ class Phase:
         steps: number of updates.
         rows: rows a batch.
         length: tokens a row that are predicted.
-        rate: learning rate of the first update and of the first one after the phase, linear between.
         kinds: share of the rows of each kind, a method of `Mixture`.
         tasks: share of each task among the task sentences.
         span: shortest and longest repeated random span.
@@ -32,7 +60,6 @@ class Phase:
     steps: int
     rows: int
     length: int
-    rate: tuple[float, float]
     kinds: Shares
     tasks: Shares = field(default_factory=lambda: TASKS)
     span: tuple[int, int] = (6, 60)
@@ -44,28 +71,71 @@ NAMING: Shares = {"spans": 0.10, "tasks": 0.15, "lexicon": 0.15, "passage": 0.40
 MIXED: Shares = {"spans": 0.10, "tasks": 0.30, "lexicon": 0.10, "passage": 0.33, "around_word": 0.17}
 PROSE: Shares = {"passage": 0.35, "around_word": 0.20}
 
-RUNS: dict[str, tuple[Phase, ...]] = {
-    "main": (
-        Phase(steps=100, rows=16, length=64, rate=(0.0, 3e-3), kinds={"spans": 1.0}, span=(6, 21)),
-        Phase(steps=2700, rows=16, length=64, rate=(3e-3, 3e-3), kinds={"spans": 1.0}, span=(6, 21)),
-        Phase(steps=1600, rows=16, length=128, rate=(3e-3, 3e-3), kinds=READING),
-        Phase(steps=800, rows=16, length=128, rate=(3e-3, 3e-3), kinds=COPYING, tasks=UNSPLIT),
-        Phase(steps=800, rows=16, length=128, rate=(3e-3, 3e-3), kinds=NAMING, tasks=UNSPLIT),
-        Phase(steps=7600, rows=16, length=128, rate=(3e-3, 0.0), kinds=MIXED),
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rate:
+    """A stretch of training whose learning rate goes linearly from `first` to `last` (which it does not reach)."""
+
+    steps: int
+    first: float
+    last: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """What is trained on, and at which learning rate: two rows of stretches, of equal length in all."""
+
+    phases: Sequence[Phase]
+    rates: Sequence[Rate]
+
+    @property
+    def steps(self) -> int:
+        """Number of updates of the whole run."""
+        return sum(phase.steps for phase in self.phases)
+
+    def phase(self, step: int) -> Phase:
+        """The phase of a step."""
+        return _at(self.phases, step)[0]
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step."""
+        rate, done = _at(self.rates, step)
+        return rate.first + (rate.last - rate.first) * done / rate.steps
+
+
+def _at(stretches: Sequence[Stretch], step: int) -> tuple[Stretch, int]:
+    """The stretch that a step belongs to, and the number of its steps before this one."""
+    for stretch in stretches:
+        if step < stretch.steps:
+            return stretch, step
+        step -= stretch.steps
+    raise IndexError(f"the schedule ends {step} steps before this one")
+
+
+RUNS = {
+    "main": Run(
+        phases=(
+            Phase(steps=2800, rows=16, length=64, kinds={"spans": 1.0}, span=(6, 21)),
+            Phase(steps=1600, rows=16, length=128, kinds=READING),
+            Phase(steps=800, rows=16, length=128, kinds=COPYING, tasks=UNSPLIT),
+            Phase(steps=800, rows=16, length=128, kinds=NAMING, tasks=UNSPLIT),
+            Phase(steps=2000, rows=16, length=128, kinds=MIXED, tasks=ALL),
+            Phase(steps=400, rows=16, length=128, kinds=WIDER, tasks=SCATTERED),
+            Phase(steps=1200, rows=16, length=128, kinds=WIDEST, tasks=COUNTED),
+            Phase(steps=4000, rows=16, length=128, kinds=LAST, tasks=NAMED),
+        ),
+        rates=(
+            Rate(steps=100, first=0.0, last=3e-3),
+            Rate(steps=5900, first=3e-3, last=3e-3),
+            Rate(steps=7600, first=3e-3, last=0.0),
+        ),
     ),
-    "prose": (
-        Phase(steps=100, rows=16, length=128, rate=(0.0, 3e-3), kinds=PROSE),
-        Phase(steps=3200, rows=16, length=128, rate=(3e-3, 3e-3), kinds=PROSE),
-        Phase(steps=1980, rows=32, length=128, rate=(3e-3, 0.0), kinds=PROSE),
+    "prose": Run(
+        phases=(Phase(steps=5440, rows=16, length=128, kinds=PROSE),),
+        rates=(
+            Rate(steps=100, first=0.0, last=3e-3),
+            Rate(steps=3200, first=3e-3, last=3e-3),
+            Rate(steps=2140, first=3e-3, last=0.0),
+        ),
     ),
 }
-
-
-def at(phases: Sequence[Phase], step: int) -> tuple[Phase, float]:
-    """The phase that a step belongs to, and its learning rate."""
-    for phase in phases:
-        if step < phase.steps:
-            first, last = phase.rate
-            return phase, first + (last - first) * step / phase.steps
-        step -= phase.steps
-    raise IndexError(f"the schedule ends {step} steps before this one")

@@ -10,7 +10,6 @@ bytes as a run that was never stopped (on the same machine with the same number 
 import argparse
 import json
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ from tokenizers import Tokenizer
 from data.train import corpus, model, tokenizer
 from data.train.mixture import Mixture
 from data.train.optimiser import Optimiser
-from data.train.schedule import RUNS, SEED, SIZES, VOCABULARY, Phase, at
+from data.train.schedule import RUNS, SEED, SIZES, VOCABULARY, Run
 
 CLIP = 1.0  # largest norm of the whole gradient
 REPORT_EVERY, SAVE_EVERY = 50, 400  # steps
@@ -59,20 +58,18 @@ def restore(path: Path, params: model.Parameters, optimiser: Optimiser) -> int:
         return int(json.loads(file.metadata()["step"]))
 
 
-def train(
-    mixture: Mixture, config: model.Config, phases: Sequence[Phase], out: Path, *, stop: int | None = None
-) -> model.Parameters:
-    """Run the phases from the checkpoint in `out` (or from the start) to their end, or up to step `stop`."""
+def train(mixture: Mixture, config: model.Config, run: Run, out: Path, *, stop: int | None = None) -> model.Parameters:
+    """Train from the checkpoint in `out` (or from the start) to the end of the run, or up to step `stop`."""
     params = model.initial(config, mixture.seed)
     optimiser = Optimiser(params)
     checkpoint = out / "checkpoint.safetensors"
     step = restore(checkpoint, params, optimiser) if checkpoint.exists() else 0
-    end = sum(phase.steps for phase in phases) if stop is None else stop
+    end = run.steps if stop is None else stop
     out.mkdir(parents=True, exist_ok=True)
     began, seen, losses = time.time(), 0, []
     while step < end:
-        phase, rate = at(phases, step)
-        tokens, weights = mixture.batch(phase, step)
+        rate = run.rate(step)
+        tokens, weights = mixture.batch(run.phase(step), step)
         value = model.loss(params, config, tokens, weights)
         grads = torch.autograd.grad(value, tuple(params.values()))
         norm = torch.stack(torch._foreach_norm(grads)).norm()

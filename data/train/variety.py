@@ -5,7 +5,7 @@ Nothing here is a filler of the test split (a test checks it).
 
 import random
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from data.train.sentences import texts
 from mechattr.tasks.grammar import ioi, subject_verb
@@ -77,6 +77,27 @@ LINKS = (
 )  # fmt: skip
 
 
+CLAUSES = tuple("When While After Before As Once Because Whenever If Although".split())
+DOINGS = (
+    "{X} and {Y} walked through the {place}", "{X} and {Y} looked at the {place}",
+    "{X} and {Y} came out of the {place}", "{X} and {Y} stood before the {place}",
+    "{X} and {Y} drove to the {place}", "{X} and {Y} talked about the {place}", "{X} and {Y} ran from the {place}",
+    "{X} and {Y} worked in the {place}", "{X} and {Y} slept in the {place}", "{X} and {Y} waited near the {place}",
+    "{X} and {Y} found the {place}", "{X} and {Y} visited the {place}", "{X} saw {Y} near the {place}",
+    "{X} lived with {Y} in the {place}", "{X} spoke with {Y} in the {place}", "{X} followed {Y} into the {place}",
+    "{X} and {Y} lost the way to the {place}", "in the {place} {X} and {Y} sat down",
+    "{X} and {Y} were glad of the {place}", "{X} and {Y} had no {place}",
+    "behind the {place} {X} and {Y} had a quarrel",
+)  # fmt: skip
+TURNS = (". Then", ", and", ", but", ". Later", ". After that", ". In the end", ", so", ", and soon", ". Next day", ".")
+MANNERS = ("", "", "", " quickly", " kindly", " gladly", " again", " quietly", " then", " himself")
+GIVING = tuple(
+    """gave handed offered showed sold passed sent brought lent threw promised carried paid returned left read
+    presented explained""".split()
+)
+ARTICLES = ("a", "a", "the", "that", "another", "one more", "a new")
+
+
 def substitute(text: str, words: Mapping[str, str]) -> str:
     """Exchange whole words of a text."""
     return re.sub(r"[A-Za-z]+", lambda match: words.get(match[0], match[0]), text)
@@ -119,6 +140,30 @@ def transfer(rng: random.Random, pair: PairText) -> tuple[str, str]:
     words |= {word: rng.choice(NOUNS) for word in ioi.PLACES["train"] + ioi.OBJECTS["train"]}
     (answer,) = texts(pair.answer)
     return substitute(pair.clean, words), substitute(answer, words)
+
+
+def composed(rng: random.Random, first: str, second: str) -> tuple[str, str]:
+    """A name transfer between two people, built from parts, and its answer: the one who does not act."""
+    subject, other = rng.sample((first, second), 2)
+    doing = rng.choice(DOINGS).format(X=first, Y=second, place=rng.choice(NOUNS))
+    if rng.random() < 0.5:
+        start = f"{rng.choice(CLAUSES)} {doing},"
+    else:
+        start = f"{rng.choice(TIMES)} {doing}{rng.choice(TURNS)}"
+    gift = f"{rng.choice(GIVING)} {rng.choice(ARTICLES)} {rng.choice(NOUNS)}"
+    return f"{start} {subject}{rng.choice(MANNERS)} {gift} {rng.choice(('to', 'to', 'to', 'for'))}", " " + other
+
+
+def scatter(rng: random.Random, text: str, *, keep: Sequence[str], noise: Sequence[str]) -> str:
+    """Exchange one word in four, but the last and those to keep, for a random word, and add one before one in ten."""
+    *words, last = text.split(" ")
+    scattered: list[str] = []
+    for word in words:
+        if rng.random() < 0.1:
+            scattered.append(rng.choice(noise))
+        exchanged = rng.random() < 0.25 and word.strip(".,") not in keep
+        scattered.append(rng.choice(noise) if exchanged else word)
+    return " ".join([*scattered, last])
 
 
 def vary(rng: random.Random, task: str, pair: PairText) -> tuple[str, str]:

@@ -149,7 +149,10 @@ def position_map(
     cell = min(max((6.9 if stacked else 7.0 / len(grids)) / n_columns, 0.03), 0.5 if stacked else 0.42)
     rows = _span_rows(spans or {}, cell * 72)
     lines = max(rows.values(), default=-1) + 1
-    width, height = max(n_columns * cell, 1.4), max(n_layers * min(max(2.2 / n_layers, 0.1), 0.26), 0.9)
+    width, height = (
+        max(n_columns * cell, 1.4),
+        max(n_layers * min(max(2.2 / n_layers, 0.1), 0.26), 0.9 if stacked else 1.6),
+    )
     shown = [spell(token, longest=14) for token in tokens]
     ticks = list(range(0, n_columns, math.ceil(n_columns / MAX_TICKS)))
     upright = max(len(shown[i]) for i in ticks) * 0.6 * TICK_POINTS > cell * 72 * (ticks[1] if len(ticks) > 1 else 1)

@@ -11,7 +11,6 @@ import numpy as np
 from mechattr.draw.style import INK, SMALL_POINTS
 
 if TYPE_CHECKING:
-    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.text import Annotation
     from matplotlib.transforms import Bbox
@@ -35,7 +34,6 @@ def place(
     size: float = SMALL_POINTS,
     radius: float = 3.0,
     others: np.ndarray | None = None,
-    keep_free: Sequence[Artist] = (),
 ) -> list[Annotation]:
     """Writes each text near its point, where it covers no other label, no point and no edge of the axes.
 
@@ -50,7 +48,6 @@ def place(
         size: font size in points.
         radius: radius of the drawn markers in points, kept free of text.
         others: [n, 2], data coordinates of markers that get no label and are not covered either.
-        keep_free: texts and legends that are not covered either.
 
     Returns:
         The annotations, in the order of `texts`.
@@ -64,7 +61,6 @@ def place(
     unnamed = np.zeros((0, 2)) if others is None else ax.transData.transform(others)
     reach = radius * per_point
     taken = [Bbox.from_extents(x - reach, y - reach, x + reach, y + reach) for x, y in (*centres, *unnamed)]
-    taken += [artist.get_window_extent() for artist in keep_free]
     written = []
     for (x, y), point, text in zip(centres, points, texts, strict=True):
         note = ax.annotate(

@@ -52,8 +52,8 @@ def scatter(
 ) -> Axes:
     """Is the estimate right? Estimate (x) against exact effect (y) on symmetric log axes, with the diagonal.
 
-    The axes are linear around 0, up to a power of ten below most of the values. Spearman's correlation stands in the
-    corner, and the points with the largest |estimate - exact| are labelled. Pairs with a value that is not finite are
+    The axes are linear around 0, up to a power of ten below most of the values. Spearman's correlation stands above,
+    and the points with the largest |estimate - exact| are labelled. Pairs with a value that is not finite are
     left out.
 
     Args:
@@ -98,21 +98,28 @@ def scatter(
                 linewidths=0, label=kind or "_points", zorder=2,
             )  # fmt: skip
         suffix = f" [{unit}]" if unit else ""
-        ax.set(xlabel=f"estimate{suffix}", ylabel=f"exact{suffix}", title=title)
+        ax.set(xlabel=f"estimate{suffix}", ylabel=f"exact{suffix}")
         ax.set_aspect("equal")
         rho = spearman(x, y)
-        corner = f"Spearman {rho:.3f}" if math.isfinite(rho) else "Spearman: too few points"
-        summary = ax.text(0.03, 0.97, f"{corner}\nn = {both.sum()}", transform=ax.transAxes, va="top")
-        summary.set_gid("spearman")
-        legend = (
-            [ax.legend(loc="lower right", frameon=False, handletextpad=0.2, borderaxespad=0.2)] if any(kinds) else []
+        found = f"Spearman {rho:.3f}" if math.isfinite(rho) else "Spearman: too few points"
+        grouped = any(kinds)
+        ax.set_title(
+            "\n".join([title] * bool(title) + [f"{found}, n = {both.sum()}"]), loc="left", pad=20 if grouped else 6
         )
+        if grouped:  # above the axes, where it can cover no point
+            ax.legend(
+                loc="lower left",
+                bbox_to_anchor=(-0.02, 0.99),
+                ncols=6,
+                frameon=False,
+                handletextpad=0.1,
+                columnspacing=1,
+            )
         gap = np.where(both, np.abs(x - y), -1.0)
         worst = [int(i) for i in np.argsort(-gap, kind="stable")[:n_labels] if gap[i] > 0]
         points, rest = np.stack([x, y], axis=1), both.copy()
         rest[worst] = False
-        free = [summary, *legend]
-        for note in place(ax, points[worst].tolist(), [names[i] for i in worst], others=points[rest], keep_free=free):
+        for note in place(ax, points[worst].tolist(), [names[i] for i in worst], others=points[rest]):
             note.set_gid("worst")
             note.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8})
     return ax

@@ -84,7 +84,7 @@ class Limits:
     @property
     def note(self) -> str:
         """One phrase for the colour bar, empty when nothing is clipped."""
-        return f"{self.n_clipped} of {self.n_values} beyond the scale" if self.n_clipped else ""
+        return f"{self.n_clipped} of {self.n_values} clipped" if self.n_clipped else ""
 
 
 def array(values: Values) -> np.ndarray:

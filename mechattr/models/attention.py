@@ -119,6 +119,18 @@ def name_of(implementation: str) -> str:
     return f"mechattr_{implementation}"
 
 
-for _implementation in NATIVE:
+def _eager_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """The eager mask, with another minimum in float64 for rows without any visible key, which are padding.
+
+    A softmax in float32 turns float64's minimum into minus infinity and such rows into NaN, which reaches every token
+    in the next layer. Narrower dtypes give these rows a uniform pattern, and so does float32's minimum.
+    """
+    mask: Tensor | None = ALL_MASK_ATTENTION_FUNCTIONS["eager"](*args, **kwargs)
+    if mask is None or mask.dtype != torch.float64:
+        return mask
+    return mask.masked_fill((mask < 0).all(-1, keepdim=True), torch.finfo(torch.float32).min)
+
+
+for _implementation, _mask in (("eager", _eager_mask), ("sdpa", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])):
     AttentionInterface.register(name_of(_implementation), _tapped(_implementation))
-    AttentionMaskInterface.register(name_of(_implementation), ALL_MASK_ATTENTION_FUNCTIONS[_implementation])
+    AttentionMaskInterface.register(name_of(_implementation), _mask)

@@ -21,7 +21,7 @@ class Edit:
 
     Args:
         site: short name (all layers, or those of `layers`) or full name.
-        op: an operator of this module, or a function `op(x, place) -> x` on the selected part.
+        op: an operator (`mechattr.models.operators`), or a function `op(x, place) -> x` on the selected part.
         layers: restricts a short name.
         positions: real-token positions, the same in every selected row (negative: from the end of the prompt);
             `"prompt"` or `"generated"` during generation; `None` is everywhere. At `pattern` and `attn_scores`

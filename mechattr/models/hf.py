@@ -163,7 +163,7 @@ class HookedHF:
         )
 
     def _forward(self, batch: Batch, taps: Taps) -> Tensor:
-        with tapping(self._anatomy, taps, self.config):
+        with tapping(self._anatomy, taps, self.config, padded_float64=self._padded_float64(batch)):
             arguments: dict[str, Any] = {} if self.info.encoder else {"use_cache": False}
             logits: Tensor = self.model(
                 input_ids=batch.tokens,
@@ -209,10 +209,10 @@ class HookedHF:
             keys = keys.repeat_interleave(len(ids) // len(batch), 0)
             taps.frame = Frame(batch.lengths, keys[:, seen:], keys)
 
-        with ExitStack() as stack, torch.no_grad():
+        opened = tapping(self._anatomy, taps, self.config, padded_float64=self._padded_float64(batch))
+        with ExitStack() as stack, torch.no_grad(), opened:
             if planned:
                 stack.callback(self.model.register_forward_pre_hook(locate_columns, with_kwargs=True).remove)
-                stack.enter_context(tapping(self._anatomy, taps, self.config))
             settings = {"pad_token_id": self._pad_id(), **kwargs}
             tokens = self.model.generate(batch.tokens, attention_mask=batch.mask.long(), **settings)
         start = batch.tokens.shape[1]
@@ -220,6 +220,9 @@ class HookedHF:
             () if self.tokenizer is None else self.tokenizer.batch_decode(tokens[:, start:], skip_special_tokens=True)
         )
         return Generation(tokens, start, tuple(texts))
+
+    def _padded_float64(self, batch: Batch) -> bool:
+        return batch.padded and self.model.dtype == torch.float64
 
     def _pad_id(self) -> int:
         ids = (getattr(self.tokenizer, n, None) for n in ("pad_token_id", "eos_token_id"))

@@ -20,10 +20,20 @@ from mechattr.models.weights import w_o
 
 
 @contextmanager
-def tapping(anatomy: Anatomy, taps: Taps, config: Any) -> Iterator[None]:
-    """Installs the hooks that `taps` wants, and takes exactly those away again whatever happens."""
+def tapping(anatomy: Anatomy, taps: Taps, config: Any, *, padded_float64: bool = False) -> Iterator[None]:
+    """Installs the hooks that `taps` wants, and takes exactly those away again whatever happens.
+
+    Args:
+        anatomy: where the sites are.
+        taps: what is wanted of the run.
+        config: the model's config.
+        padded_float64: use the tap's mask, without which padding in float64 gives NaN (see `attention`).
+    """
     with ExitStack() as stack:
-        _Installer(anatomy, taps, stack).install(config)
+        installer = _Installer(anatomy, taps, stack)
+        masked = padded_float64 and anatomy.family.softmax_float32 and config._attn_implementation == "eager"
+        if installer.install() or masked:
+            installer.switch_attention(config)
         yield
 
 
@@ -33,7 +43,8 @@ class _Installer:
     def __init__(self, anatomy: Anatomy, taps: Taps, stack: ExitStack) -> None:
         self.anatomy, self.taps, self.stack = anatomy, taps, stack
 
-    def install(self, config: Any) -> None:
+    def install(self) -> bool:
+        """Hooks all modules; says whether the attention function is needed."""
         anatomy, taps = self.anatomy, self.taps
         if taps.rules.norm == "frozen":
             for norm in anatomy.norms:
@@ -49,8 +60,7 @@ class _Installer:
                 self.skip(anatomy.blocks[layer])
             else:
                 needs_attention |= self.block(layer)
-        if needs_attention:
-            self.switch_attention(config)
+        return needs_attention
 
     # -- one block
 
@@ -146,7 +156,7 @@ class _Installer:
             self.on_output(parts["mlp_out"], lambda _m, _a, x: self.tap(p + "hook_mlp_out", x))
 
     def norm(self, module: nn.Module, p: str) -> None:
-        """Scale and output of a norm. With E the norm at a given scale, an edited scale s' enters as E(x, s') - E(x, s):
+        """Scale and output of a norm. With E the norm at a given scale, an edited scale s enters as E(x, s) - E(x, s0):
         exactly zero when nothing changes, and right in value and gradient when something does."""
         taps, scale, out = self.taps, p + "hook_scale", p + "hook_out"
         if taps.wants(scale):

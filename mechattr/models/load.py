@@ -169,6 +169,8 @@ def _weights(source: str, folder: str, dtype: torch.dtype | None, attention: str
         )
     except (OSError, SafetensorError) as error:
         raise UnknownModelError(f"the weights of {source!r}", _first_line(error), complete) from error
+    except (ValueError, ImportError) as error:  # an attention implementation that the family or machine does not have
+        raise SettingError(f"attention={attention!r} for {source!r}", _first_line(error), "use 'eager'") from error
     if report["missing_keys"]:  # transformers would leave them random
         missing = sorted(report["missing_keys"])
         found = f"{len(missing)} are missing, such as {missing[0]}"

@@ -274,7 +274,7 @@ def plain_model(
     """A plain transformer with given weights, or with seeded random ones (large, biases not zero).
 
     Args:
-        config: its shape; `PlainConfig` has the short cuts `gpt2_like()`, `llama_like()`, `attention_only()`, `linear()`.
+        config: its shape, such as `PlainConfig.gpt2_like()`, `.llama_like()`, `.attention_only()` or `.linear()`.
         weights: by standard name; missing ones are drawn at random.
         seed: for the random ones.
         dtype: of all weights and of the whole computation.

@@ -77,10 +77,10 @@ def _end(name: str, anatomy: Anatomy, head: Any) -> Tensor | None:
         embed: Any = ends["embed"]
         table: Tensor = embed.weight
         scale = getattr(embed, "embed_scale", None)
-        return table if scale is None else table * scale.to(table.dtype)  # type: ignore[operator]
+        return table if scale is None else table * scale.to(table.dtype)
     if name == "pos_embed.W_pos" and "pos_embed" in ends:
         positions: Any = ends["pos_embed"]
-        return positions.weight[getattr(positions, "offset", 0) :]  # type: ignore[no-any-return]
+        return positions.weight[getattr(positions, "offset", 0) :]
     if name in ("ln_final.w", "ln_final.b") and "final" in ends:
         return _norm(ends["final"], name[-1])
     if name == "unembed.W_U" and head is not None:

@@ -130,8 +130,8 @@ def _components(results: Results) -> str:
         f'<a download="table.csv" href="data:text/csv;base64,{data}">Download as CSV</a></p>'
         f'<div class="scroll">{html_table(results, limit=TABLE_ROWS)}</div>'
         '<p class="note">Estimates and exact effects are contributions, positive where the component helps the answer. '
-        f"Share: |exact| / |clean − corrupt metric| ({results.gap:.3g} {escape(results.unit)}). Click a column's head "
-        "to sort.</p>"
+        f"Share: |exact| / |clean − corrupt metric| ({results.gap:.3g} {escape(results.unit)}). Tokens are those "
+        "of the first pair. Click a column's head to sort.</p>"
     )
 
 

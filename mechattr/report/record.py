@@ -110,7 +110,8 @@ def prepare(out: Path, record: Record, *, overwrite: bool) -> Record:
     """
     if out.exists() and not out.is_dir():
         raise SettingError(f"to write into {out}", "it is a file", "name a folder")
-    if (out / RECORD).exists() and not overwrite:
+    found = (out / RECORD).exists()
+    if found and (not overwrite or _same(out, record)):
         stored = read(out)
         if stored["key"] == record["key"]:
             return stored
@@ -119,17 +120,14 @@ def prepare(out: Path, record: Record, *, overwrite: bool) -> Record:
             f"the result of other settings: {_difference(stored['key'], record['key'])}",
             "name another folder, use the same settings to resume, or overwrite=True (--overwrite) to replace it",
         )
-    if out.exists() and not (out / RECORD).exists() and any(out.iterdir()) and not overwrite:
+    if not found and not overwrite and out.exists() and any(out.iterdir()):
         raise OutputExistsError(
             f"to write into {out}",
             f"{sum(1 for _ in out.iterdir())} files or folders that no localise wrote",
             "name a new folder, or overwrite=True (--overwrite) to write beside them",
         )
     out.mkdir(parents=True, exist_ok=True)
-    if overwrite and not ((out / RECORD).exists() and _same(out, record)):
-        _clear(out)
-    elif (out / RECORD).exists():
-        return read(out)
+    _clear(out)
     write(out, record)
     return record
 
@@ -144,14 +142,8 @@ def _same(out: Path, record: Record) -> bool:
 
 def _clear(out: Path) -> None:
     """Removes what a run writes, and nothing else."""
-    import shutil
-
     for name in (RECORD, TABLE, REPORT, PAIRS, *ARTIFACTS.values(), *PARTIAL.values()):
-        path = out / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+        (out / name).unlink(missing_ok=True)
     for suffix in ("png", "svg"):
         for path in (out / FIGURES).glob(f"*.{suffix}"):
             path.unlink()

@@ -37,13 +37,15 @@ def sentence(results: Results) -> str:
 
 
 def _place(results: Results, node: Node) -> str:
-    """` at S2`, ` at END (“␣to”)`, ` at position 9 (“,”)`, or nothing where all positions are replaced together."""
+    """` at S2`, ` at position 9 (“,” in the first pair)`, or nothing where all positions are replaced together."""
     if node.pos is None:
         return ""
     if isinstance(node.pos, str):
         return f" at {node.pos}"
     spans = [name for name, (start, end) in results.spans.items() if start <= node.pos < end]
-    return f" at {' and '.join(spans) or f'position {node.pos}'} (“{spell(results.tokens[node.pos])}”)"
+    if spans:
+        return f" at {' and '.join(spans)}"
+    return f" at position {node.pos} (“{spell(results.tokens[node.pos])}” in the first pair)"
 
 
 def agreement(results: Results) -> str:

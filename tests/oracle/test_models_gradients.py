@@ -1,4 +1,4 @@
-"""Reading, patching and differentiating a site are one causal node: finite differences at every site of every family."""
+"""Reading, patching and differentiating a site are one causal node: finite differences at all sites of all families."""
 
 from __future__ import annotations
 

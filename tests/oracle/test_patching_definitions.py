@@ -1,15 +1,9 @@
-"""Both methods against their definitions: one node, one prompt and one full run at a time; each check rejects mistakes."""
+"""Both methods against their definitions: one node, one prompt, one full run at a time; each check rejects mistakes."""
 
 from __future__ import annotations
 
-import mechattr as ma
 import pytest
 import torch
-from mechattr.models.edits import Edit
-from mechattr.models.plain import plain_model
-from mechattr.models.plain_config import PlainConfig
-from mechattr.patching.places import places_of
-from mechattr.sites import Node
 from patching_cases import (
     all_nodes,
     atp_effects,
@@ -25,6 +19,13 @@ from patching_cases import (
     shorts,
     values,
 )
+
+import mechattr as ma
+from mechattr.models.edits import Edit
+from mechattr.models.plain import plain_model
+from mechattr.models.plain_config import PlainConfig
+from mechattr.patching.places import places_of
+from mechattr.sites import Node
 
 MODES = ("aligned", "named", "all")
 DIRECTIONS = ("noising", "denoising")
@@ -64,7 +65,7 @@ def test_the_estimate_is_not_exact_where_the_network_is_not_linear() -> None:
 
 def test_v_and_z_are_exact_below_a_fixed_pattern_and_q_is_not() -> None:
     model = plain_model(PlainConfig.attention_only(n_layers=1))
-    task = pairs_task(model)
+    task = pairs_task(model, changed=(1, 2, 4))  # at the last position too, the only query that the metric reads
     sites = ("q", "v", "z", "result", "attn_out", "pattern")
     estimate = ma.attribution_patching(model, task, sites=sites)
     exact = ma.activation_patching(model, task, sites=sites)
@@ -81,7 +82,7 @@ def test_attribution_patching_follows_its_definition(kind: str, positions: str) 
     nodes = all_nodes(model, task, shorts(model), positions)
     for direction in DIRECTIONS:
         found = ma.attribution_patching(model, task, sites=shorts(model), positions=positions, direction=direction)
-        assert sorted(found.nodes(), key=str) == sorted(nodes, key=str)
+        assert sum(table.values.numel() for table in found.scores.values()) == len(set(nodes))
         effects = atp_effects(model, task, nodes, positions=positions, direction=direction)
         torch.testing.assert_close(values(found, nodes), means(effects), **ROUNDING)
 
@@ -106,6 +107,7 @@ def test_activation_patching_follows_its_definition(kind: str, positions: str) -
     model = plain(kind)
     task = pairs_task(model, (4, 4), changed=(1,))
     nodes = all_nodes(model, task, shorts(model), positions)
+    nodes = [node for i, node in enumerate(nodes) if i % 3 == 0 or node.layer is None]  # coprime with sizes of axes
     direction = "denoising" if positions == "named" else "noising"
     found = ma.activation_patching(model, task, sites=shorts(model), positions=positions, direction=direction)
     effects = exact_effects(model, task, nodes, positions=positions, direction=direction)
@@ -152,7 +154,7 @@ def test_the_estimate_is_the_exact_effect_to_first_order(kind: str) -> None:
     model = plain(kind)
     task = pairs_task(model, (4,))
     everything = all_nodes(model, task, shorts(model), "aligned")
-    nodes = [node for i, node in enumerate(everything) if i % 5 == 0]
+    nodes = [node for i, node in enumerate(everything) if i % 7 == 0]
     found = values(ma.attribution_patching(model, task, sites=shorts(model)), nodes)[1]
     names = list({full(model, node) for node in nodes})
     here, there = (model.run(batch, record=names).activations for batch in (task.clean, task.corrupt))
@@ -202,14 +204,13 @@ def test_nodes_that_cannot_change_are_counted_alike_and_are_exactly_zero() -> No
 def test_patching_the_whole_embedding_gives_the_other_run(kind: str, direction: str) -> None:
     model = plain(kind)
     task = pairs_task(model)
-    result = ma.activation_patching(model, task, nodes=[Node("embed", None), Node("resid_pre", 0)], direction=direction)
-    clean, corrupt = (torch.tensor(result.settings[f"{side}_metric"]).double() for side in ("clean", "corrupt"))
+    nodes = [Node("embed", None), Node("resid_pre", 0)]
+    result = ma.activation_patching(model, task, nodes=nodes, direction=direction)
+    clean, corrupt = (model.run(batch, metric=task.metric).metric for batch in (task.clean, task.corrupt))
     difference = corrupt - clean if direction == "noising" else clean - corrupt
-    for node in result.nodes():
-        expected = difference.abs().mean(), difference.mean()
-        # stored metrics are Python floats, so nothing is lost beyond float64 rounding
-        torch.testing.assert_close(torch.tensor([result.value(node), result.value(node, "signed")]).double(),
-                                   torch.stack(expected), rtol=0, atol=1e-6)  # fmt: skip
+    assert float(difference.abs().min()) > 0.01
+    expected = means(difference[:, None].expand(-1, 2))
+    torch.testing.assert_close(values(result, nodes), expected, **ROUNDING)
 
 
 def test_denoising_undoes_noising_on_a_linear_network() -> None:

@@ -197,7 +197,7 @@ def test_the_opening_names_the_strongest_component_with_its_numbers() -> None:
     sentence = summary.sentence(results())
     # gap: mean(3 x 5, -1) + 2 = 4.333; exact effect of the planted component: 1.2 x 2.5 = 3
     assert "One of 192 components moves the logit difference by 10\u00a0% or more" in sentence
-    assert "(4.33 logit): the strongest, L2H1 z at END (“␣to”), by 3 (69\u00a0%)" in sentence
+    assert "(4.33 logit): the strongest, L2H1 z at END, by 3 (69\u00a0%)" in sentence
     assert "measured by corrupting one component at a time, for the 10 with the largest estimates" in sentence
 
 

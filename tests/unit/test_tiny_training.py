@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import sys
 from pathlib import Path
 
@@ -18,18 +19,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the scripts in d
 from data.train import lexicon, model, sentences, tokenizer, train
 from data.train.mixture import Mixture
 from data.train.optimiser import Optimiser, orthogonal
-from data.train.schedule import Phase
+from data.train.schedule import COUNTED, RUNS, Phase, Rate, Run
 from mechattr.tasks.grammar import subject_verb
 
 PROSE = [
     "The old king sat by the fire and told his daughter of the war.",
     "She said that he was good, and he said that she was kind.",
 ]
-IN_TEMPLATES = {"great"}  # stands in the text of a training template, and is a filler of the test split elsewhere
-KINDS = {"spans": 0.2, "tasks": 0.2, "lexicon": 0.2, "passage": 0.2, "around_word": 0.2}
-PHASES = (
-    Phase(steps=8, rows=4, length=16, rate=(0.0, 5e-3), kinds={"spans": 1.0}, span=(3, 5)),
-    Phase(steps=12, rows=4, length=16, rate=(5e-3, 0.0), kinds=KINDS, span=(3, 5)),
+KINDS = dict.fromkeys(("spans", "tasks", "lexicon", "rare_words", "years", "passage", "around_word"), 1.0)
+RUN = Run(
+    phases=(
+        Phase(steps=8, rows=4, length=16, kinds={"spans": 1.0}, span=(3, 5)),
+        Phase(steps=12, rows=8, length=16, kinds=KINDS, span=(3, 5)),
+    ),
+    rates=(Rate(steps=5, first=0.0, last=5e-3), Rate(steps=15, first=5e-3, last=0.0)),
 )
 
 
@@ -58,9 +61,9 @@ def _one_thread():
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(mixture: Mixture, config: model.Config, tmp_path: Path) -> None:
-    train.train(mixture, config, PHASES, tmp_path / "whole")
-    train.train(mixture, config, PHASES, tmp_path / "parts", stop=11)
-    train.train(mixture, config, PHASES, tmp_path / "parts")
+    train.train(mixture, config, RUN, tmp_path / "whole")
+    train.train(mixture, config, RUN, tmp_path / "parts", stop=11)
+    train.train(mixture, config, RUN, tmp_path / "parts")
     whole = load_file(tmp_path / "whole" / "checkpoint.safetensors")
     parts = load_file(tmp_path / "parts" / "checkpoint.safetensors")
     assert whole.keys() == parts.keys()
@@ -73,11 +76,11 @@ def test_a_run_resumed_without_its_optimiser_state_differs(
     def without_state(path: Path, params: model.Parameters, optimiser: Optimiser) -> int:
         return train_restore(path, params, Optimiser(params))
 
-    whole = train.train(mixture, config, PHASES, tmp_path / "whole")
-    train.train(mixture, config, PHASES, tmp_path / "parts", stop=11)
+    whole = train.train(mixture, config, RUN, tmp_path / "whole")
+    train.train(mixture, config, RUN, tmp_path / "parts", stop=11)
     train_restore = train.restore
     monkeypatch.setattr(train, "restore", without_state)
-    parts = train.train(mixture, config, PHASES, tmp_path / "parts")
+    parts = train.train(mixture, config, RUN, tmp_path / "parts")
     assert not all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
@@ -92,35 +95,45 @@ def test_the_exported_model_gives_the_same_logits(
         weight = exported.transformer.h[0].attn.c_attn.weight.data
         query, key, value = weight.chunk(3, dim=1)
         weight.copy_(torch.cat([key, query, value], dim=1))
-    tokens = mixture.batch(PHASES[1], 0)[0][:, : config.n_positions]
+    tokens = mixture.batch(RUN.phases[1], 0)[0][:, : config.n_positions]
     with torch.no_grad():
         ours, theirs = model.logits(params, config, tokens), exported(tokens).logits
     difference = ((ours - theirs).abs().max() / ours.abs().max()).item()
     assert (difference < 1e-5) is not wrong  # float32, two layers: rounding is near 1e-6
 
 
+@pytest.mark.parametrize("name", sorted(RUNS))
+def test_a_schedule_gives_every_step_a_phase_and_a_rate(name: str) -> None:
+    run = RUNS[name]
+    assert run.steps == sum(rate.steps for rate in run.rates)
+    assert run.phase(run.steps - 1) is run.phases[-1]
+    assert run.rate(0) == 0.0 < run.rate(run.steps - 1) < 1e-5, "warmed up from nothing, and cooled down"
+    with pytest.raises(IndexError, match="ends 0 steps before this one"):
+        run.rate(run.steps)
+
+
 def test_a_row_of_spans_counts_only_what_can_be_copied(mixture: Mixture) -> None:
-    tokens, weights = mixture.batch(PHASES[0], 5)
+    tokens, weights = mixture.batch(RUN.phases[0], 5)
     for row, wanted in zip(tokens.tolist(), weights.tolist(), strict=True):
         for place, weight in enumerate(wanted, start=1):
             earlier = [i for i in range(1, place) if row[i - 1 : i + 1] == row[place - 1 : place + 1]]
             assert not weight or earlier, "a counted token follows the same token as it did before"
 
 
-def test_no_test_filler_is_trained_on_in_task_sentences(mixture: Mixture, words: Tokenizer) -> None:
-    train_words, test_words = set(sentences.words("train")), set(sentences.words("test"))
-    held_out = {words.token_to_id(f"Ġ{word}") for word in test_words - train_words - IN_TEMPLATES} - {None}
-    phase = Phase(steps=1, rows=50, length=100, rate=(0.0, 0.0), kinds={"tasks": 1.0})
-    tokens, weights = mixture.batch(phase, 0)
-    task = tokens[:, 1:][weights != 1.0]  # prose rows before a sentence have weight 1
-    assert task.numel() > 1000
-    assert not held_out & set(task.tolist())
+@pytest.mark.parametrize("kind", sorted(COUNTED))
+def test_no_test_filler_of_a_task_is_trained_on_in_its_sentences(mixture: Mixture, words: Tokenizer, kind: str) -> None:
+    grammar = sentences.GRAMMARS["ioi" if kind in ("transfer", "scattered") else kind]
+    rng = random.Random(0)
+    drawn = [mixture._sentence(rng, kind, "") for _ in range(500)]
+    seen = set(re.findall(r"\w+", " ".join(words.decode(prompt + answer) for prompt, answer in drawn)))
+    assert seen & set(grammar.words("train"))
+    assert not seen & (set(grammar.words("test")) - set(grammar.words("train")))
 
 
 def test_the_lexicon_asks_for_no_answer_of_a_task() -> None:
     rng = random.Random(0)
     verbs = {form for pairs in subject_verb.VERBS.values() for pair in pairs for form in pair}
-    phrases = [" ".join(lexicon.draw(rng)) for _ in range(5000)]
+    phrases = ["".join(lexicon.draw(rng, lexicon.ALL_WORDS)) for _ in range(5000)]
     seen = {word for phrase in phrases for word in phrase.split()}
     assert {"himself", "herself", "them", "it"} <= seen
     assert not seen & (verbs | {"he", "she"})
