@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers as tf
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from mechattr.models import Batch, HookedHF
 
@@ -76,6 +77,16 @@ def model(family: str, dtype: torch.dtype = torch.float32, attention: str = "eag
 def tokens(batch: int = 3, length: int = 7, seed: int = 1) -> torch.Tensor:
     """Token ids that avoid the special ones."""
     return torch.randint(5, 61, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def tokenizer() -> tf.PreTrainedTokenizerFast:
+    """Eight tokens with leading spaces, and a BOS of its own."""
+    words = ["<s>", "</s>", "<pad>", "a", "b", "Ġa", "Ġb", "Ġ"]
+    backend = Tokenizer(models.BPE({w: i for i, w in enumerate(words)}, [("Ġ", "a"), ("Ġ", "b")]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return tf.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
 
 
 @contextmanager
