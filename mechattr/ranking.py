@@ -69,7 +69,9 @@ def node_columns(tables: Mapping[str, Labelled], places: Int[Tensor, " chosen"])
         table = _in_node_order(site, tables[site])
         rows = np.flatnonzero((chosen >= start) & (chosen < start + table.values.numel()))
         columns["site"][rows] = site
-        for axis, along in zip(table.axes, np.unravel_index(chosen[rows] - start, table.shape), strict=True):
+        # numpy cannot unravel into no dimensions: a table of one node has no coordinate to give
+        along_axes = np.unravel_index(chosen[rows] - start, table.shape) if table.axes else ()
+        for axis, along in zip(table.axes, along_axes, strict=True):
             columns[_FIELDS[axis]][rows] = np.array(table.coords[axis], dtype=object)[along]
         start += table.values.numel()
     return columns

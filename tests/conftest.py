@@ -1,4 +1,4 @@
-"""What every test gets: no network, two threads, fixed seeds, and the folder of shared data where there is one."""
+"""What every test gets: no network, one thread, fixed seeds, and the folder of shared data where there is one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ settings.register_profile("quick", max_examples=25, deadline=None, derandomize=T
 settings.register_profile("full", max_examples=500, deadline=None, derandomize=True)
 settings.load_profile("quick")
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # test tensors are tiny: a second thread is only waited for
 
 
 @pytest.fixture(autouse=True)

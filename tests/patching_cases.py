@@ -20,8 +20,6 @@ from mechattr.models.plain_config import PlainConfig
 from mechattr.sites import SITES, Node, expand, parse
 from mechattr.tasks.task import Task
 
-torch.set_num_threads(1)  # these tensors are tiny: a second thread is only waited for
-
 TAKEN = {"q": "rot_q", "k": "rot_k"}
 SIZES: dict[str, Any] = {"n_layers": 2, "n_heads": 2, "n_kv_heads": 2, "d_mlp": 5, "d_model": 8}
 PLAIN = {

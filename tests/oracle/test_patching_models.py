@@ -37,9 +37,7 @@ def test_stories260k(shared: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ("ioi", "subject_verb"))
-def test_the_bundled_model(name: str, root: Path) -> None:
-    if not (root / "data" / "models" / "tiny" / "model.safetensors").is_file():
-        pytest.skip("the bundled model has not been trained yet: run `python -m data.train.train`")
+def test_the_bundled_model(name: str) -> None:
     model = ma.load("tiny")
     task = getattr(ma.tasks, name)(model, n=8, seed=0)
     check(model, task, "named")

@@ -429,3 +429,15 @@ def test_a_package_that_is_not_installed_has_an_unknown_version(monkeypatch: pyt
 
     monkeypatch.setattr(provenance_module.metadata, "version", missing)
     assert provenance({})["versions"]["mechattr"] == "0+unknown"
+
+
+def test_one_node_without_coordinates_is_a_node() -> None:
+    # the embeddings with all positions merged: a table of no axes
+    scores = {
+        "score/embed": Labelled(torch.tensor(2.0), ()),
+        "score/z": Labelled(torch.tensor([[1.0, 3.0]]), ("layer", "head")),
+    }
+    result = Attribution(scores, settings={"method": "m"}, provenance={})
+    assert result.top(2) == [Node("z", 0, None, 1), Node("embed", None)]
+    assert result.to_pandas()["site"].tolist() == ["z", "embed", "z"]
+    assert len(result.nodes()) == 3
