@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mechattr.models.load import load
     from mechattr.patching.activation import activation_patching
     from mechattr.patching.attribution import attribution_patching
+    from mechattr.patching.estimate import estimate
     from mechattr.sites import Node
     from mechattr.tasks.task import accuracy
 
@@ -36,6 +37,7 @@ _WHERE = {
     "attribution_patching": "mechattr.patching.attribution:attribution_patching",
     "draw": "mechattr.draw",
     "errors": "mechattr.errors",
+    "estimate": "mechattr.patching.estimate:estimate",
     "load": "mechattr.models.load:load",
     "models": "mechattr.models",
     "open": "mechattr.artifact:open",
@@ -59,6 +61,7 @@ __all__ = [
     "attribution_patching",
     "draw",
     "errors",
+    "estimate",
     "load",
     "models",
     "open",

@@ -98,10 +98,10 @@ class OutputExistsError(MechattrError, FileExistsError):
     """An output folder holds a result that was made with other settings."""
 
 
-def nearest(name: str, candidates: Iterable[str], n: int = 3) -> str:
+def nearest(name: object, candidates: Iterable[str], n: int = 3) -> str:
     """The candidates closest to `name` as a phrase for the `fix` part of an error."""
     names = sorted(set(candidates))
-    close = difflib.get_close_matches(name, names, n=n, cutoff=0.5)
+    close = difflib.get_close_matches(str(name), names, n=n, cutoff=0.5)
     if close:
         return "did you mean " + " or ".join(repr(c) for c in close) + "?"
     shown = ", ".join(names[:30])

@@ -74,8 +74,11 @@ def schedule(run: Run) -> str:
         tasks = listed(phase.tasks) if "tasks" in phase.kinds else ""
         spans = f"{phase.span[0]} to {phase.span[1]}" if "spans" in phase.kinds else ""
         lines.append(f"| {phase.steps} | {phase.rows} × {phase.length} | {listed(phase.kinds)} | {tasks} | {spans} |")
-    rates = "; ".join(f"{rate.first:g} to {rate.last:g} in {rate.steps} steps" for rate in run.rates)
-    return "\n".join([*lines, "", f"Learning rate: {rates}."])
+    rates = "; ".join(
+        f"{rate.steps} steps{f' of the {rate.over}' if rate.over else ''} from {rate.first:g} to {rate.last:g}"
+        for rate in run.rates
+    )
+    return "\n".join([*lines, "", f"Learning rate, linear in each stretch: {rates}."])
 
 
 def card(folder: Path, minutes: int) -> str:

@@ -7,10 +7,12 @@ Writes `metrics.json` into the model's folder; the numbers of the control model 
 
 import argparse
 import json
+import math
 import random
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import GPT2LMHeadModel
@@ -23,7 +25,7 @@ SEED = 1234
 PAIRS = 1000  # prompts of each task (of each number of attractors for agreement)
 BLOCKS, BLOCK = 200, (10, 20, 40)  # random blocks, and their lengths; each is shown twice
 WINDOWS = 400  # windows of held-out prose
-SAMPLE = "Once upon a time there was a"
+SAMPLE = "She looked out of the window, and"
 
 
 def last_logits(model: GPT2LMHeadModel, rows: list[list[int]]) -> Tensor:
@@ -81,10 +83,13 @@ def prose_loss(model: GPT2LMHeadModel, tokenizer: Tokenizer, books: list[str]) -
         (book,) = rng.choices(encoded, [len(tokens) for tokens in encoded])
         start = rng.randrange(max(1, len(book) - length + 1))
         window = [0, *book[start : start + length - 1]]
-        total += model(torch.tensor([window]), labels=torch.tensor([window])).loss.item() * (len(window) - 1)
+        tokens = torch.tensor(window)
+        total += F.cross_entropy(model(tokens[None]).logits[0, :-1], tokens[1:], reduction="sum").item()
         characters += len(tokenizer.decode(window[1:]))
-    tokens = WINDOWS * (length - 1)
-    return {"nats_per_token": total / tokens, "bits_per_character": total / characters / 0.6931471805599453}
+    return {
+        "nats_per_token": total / (WINDOWS * (length - 1)),
+        "bits_per_character": total / math.log(2) / characters,
+    }
 
 
 def sample(model: GPT2LMHeadModel, tokenizer: Tokenizer) -> str:

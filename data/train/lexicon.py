@@ -62,6 +62,8 @@ LIKED = (
     "dreamt of",
     "praised",
 )
+TURNED = ("spoke", "listened", "went", "wrote", "ran", "talked", "came", "turned", "waved", "sang", "belonged", "lied")
+CALLED = ("the child", "the stranger", "the baby", "the dog", "the horse", "the parrot", "the old servant", "the cat")
 OWN = (
     "dog",
     "house",
@@ -112,3 +114,12 @@ def gendered(rng: random.Random, words: Words) -> tuple[str, str]:
 def draw(rng: random.Random, words: Words) -> tuple[str, str]:
     """A phrase in two parts; the second is the one that number or gender decides."""
     return rng.choice((counted, referred, gendered, gendered))(rng, words)
+
+
+def named(rng: random.Random, words: Words) -> tuple[str, str]:
+    """A name where only a name can stand; half of the time it has been told just before."""
+    name = rng.choice(rng.choice(words.names))
+    if rng.random() < 0.5:
+        return f"{rng.choice(WE)} {rng.choice(TURNED)} to", f" {name}"
+    told = f"They named {rng.choice(CALLED)} {name}{rng.choice(AND)} we"
+    return f"{told} {rng.choice(('said', 'cried', 'liked the name of', 'always thought of', 'shouted'))}", f" {name}"

@@ -1,6 +1,7 @@
 """Batches as a pure function of (seed, step), so that a resumed run needs no generator state."""
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -24,6 +25,7 @@ VARIED = 0.7  # share of the other sentences that get other words, see `variety`
 LEADS = ("\n", END, ". ")  # what stands between two pieces of a row
 LINKS = (",", " and", " to", " to the year", " until the year", " or", ", then", " before")  # between two years
 
+Draw = Callable[[random.Random, phrases.Words], tuple[str, str]]
 Row = tuple[list[int], list[float]]  # tokens, and the weight of each as a prediction target
 
 
@@ -95,11 +97,15 @@ class Mixture:
 
     def lexicon(self, rng: random.Random, phase: Phase) -> Row:
         """Phrases that show the number and the gender of words."""
-        return self._phrases(rng, phase, phrases.ALL_WORDS)
+        return self._phrases(rng, phase, phrases.draw, phrases.ALL_WORDS)
 
     def rare_words(self, rng: random.Random, phase: Phase) -> Row:
         """The same phrases with the words of the task generators alone."""
-        return self._phrases(rng, phase, phrases.OWN_WORDS)
+        return self._phrases(rng, phase, phrases.draw, phrases.OWN_WORDS)
+
+    def names(self, rng: random.Random, phase: Phase) -> Row:
+        """Phrases that show which words are names."""
+        return self._phrases(rng, phase, phrases.named, phrases.OWN_WORDS)
 
     def years(self, rng: random.Random, phase: Phase) -> Row:
         """Rising years of one century, one list after the other: the order of the two-digit numbers."""
@@ -116,20 +122,20 @@ class Mixture:
                 weights += [0.0] * (len(tokens) - len(weights) - 1) + [1.0]
         return tokens, weights
 
-    def _phrases(self, rng: random.Random, phase: Phase, words: phrases.Words) -> Row:
+    def _phrases(self, rng: random.Random, phase: Phase, draw: Draw, words: phrases.Words) -> Row:
         tokens = [0] * rng.randrange(2)
         weights = [0.0] * len(tokens)
         while len(tokens) <= phase.length:
             lead = rng.choice(LEADS) if len(tokens) > 1 else ""
-            start, decided = phrases.draw(rng, words)
+            start, decided = draw(rng, words)
             before, after = self.tokenizer.encode(lead + start).ids, self.tokenizer.encode(decided).ids
             tokens += before + after
             weights += [PROMPT_WEIGHT] * len(before) + [1.0] * len(after)
         return tokens, weights
 
     def _sentence(self, rng: random.Random, task: str, lead: str) -> tuple[list[int], list[int]]:
-        if task in ("transfer", "scattered"):
-            return self._transfer(rng, lead, scattered=task == "scattered")
+        if task in ("transfer", "scattered", "fronted"):
+            return self._transfer(rng, lead, task)
         pair = sentences.GRAMMARS[task].draw(rng, "train")
         if task == "ioi" and rng.random() < SWAPPED:
             return self._swapped(rng, pair, lead)
@@ -147,12 +153,13 @@ class Mixture:
         noisy = [rng.choice(self._swaps) if token not in swap and rng.random() < NOISE else token for token in prompt]
         return [swap.get(token, token) for token in (*noisy[:-1], prompt[-1])], [swap[names[0]]]
 
-    def _transfer(self, rng: random.Random, lead: str, *, scattered: bool) -> tuple[list[int], list[int]]:
+    def _transfer(self, rng: random.Random, lead: str, task: str) -> tuple[list[int], list[int]]:
         """A composed name transfer, half of the time between two random words; scattered: with noise in between."""
         words = self._words if rng.random() < 0.5 else variety.MEN + variety.WOMEN + MALE["train"] + FEMALE["train"]
         first, second = rng.sample(words, 2)
-        prompt, answer = variety.composed(rng, first, second)
-        if scattered:
+        compose = variety.fronted if task == "fronted" else variety.composed
+        prompt, answer = compose(rng, first, second)
+        if task == "scattered" or (task == "fronted" and rng.random() < 0.5):
             prompt = variety.scatter(rng, prompt, keep=(first, second), noise=self._words)
         return self.tokenizer.encode(lead + prompt).ids, self.tokenizer.encode(answer).ids
 

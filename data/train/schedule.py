@@ -27,6 +27,10 @@ LAST: Shares = {
     "spans": 0.08, "tasks": 0.42, "lexicon": 0.03, "rare_words": 0.12, "years": 0.02, "passage": 0.22,
     "around_word": 0.11,
 }  # fmt: skip
+CALLING: Shares = {
+    "spans": 0.08, "tasks": 0.40, "lexicon": 0.03, "rare_words": 0.10, "names": 0.08, "years": 0.02, "passage": 0.19,
+    "around_word": 0.10,
+}  # fmt: skip
 ALL: Shares = {"ioi": 0.15, "transfer": 0.35, "subject_verb": 0.25, "gendered_pronoun": 0.15, "greater_than": 0.1}
 SCATTERED: Shares = {
     "ioi": 0.12, "transfer": 0.20, "scattered": 0.22, "subject_verb": 0.22, "gendered_pronoun": 0.16,
@@ -40,6 +44,11 @@ COUNTED: Shares = {
 
 NAMED: Shares = {
     "ioi": 0.12, "transfer": 0.20, "scattered": 0.30, "subject_verb": 0.18, "gendered_pronoun": 0.11,
+    "greater_than": 0.09,
+}  # fmt: skip
+
+FRONTED: Shares = {
+    "ioi": 0.12, "transfer": 0.15, "scattered": 0.18, "fronted": 0.18, "subject_verb": 0.19, "gendered_pronoun": 0.09,
     "greater_than": 0.09,
 }  # fmt: skip
 
@@ -74,11 +83,19 @@ PROSE: Shares = {"passage": 0.35, "around_word": 0.20}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rate:
-    """A stretch of training whose learning rate goes linearly from `first` to `last` (which it does not reach)."""
+    """A stretch of training whose learning rate goes linearly from `first` towards `last`.
+
+    Attributes:
+        steps: number of updates.
+        first: learning rate of the first update.
+        last: where it would be after `over` updates.
+        over: None for `steps`; more where the stretch ends before the rate has arrived.
+    """
 
     steps: int
     first: float
     last: float
+    over: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +117,7 @@ class Run:
     def rate(self, step: int) -> float:
         """The learning rate of a step."""
         rate, done = _at(self.rates, step)
-        return rate.first + (rate.last - rate.first) * done / rate.steps
+        return rate.first + (rate.last - rate.first) * done / (rate.over or rate.steps)
 
 
 def _at(stretches: Sequence[Stretch], step: int) -> tuple[Stretch, int]:
@@ -122,20 +139,25 @@ RUNS = {
             Phase(steps=2000, rows=16, length=128, kinds=MIXED, tasks=ALL),
             Phase(steps=400, rows=16, length=128, kinds=WIDER, tasks=SCATTERED),
             Phase(steps=1200, rows=16, length=128, kinds=WIDEST, tasks=COUNTED),
-            Phase(steps=4000, rows=16, length=128, kinds=LAST, tasks=NAMED),
+            Phase(steps=2400, rows=16, length=128, kinds=LAST, tasks=NAMED),
+            Phase(steps=2000, rows=16, length=128, kinds=LAST, tasks=FRONTED),
+            Phase(steps=2000, rows=16, length=128, kinds=CALLING, tasks=FRONTED),
         ),
         rates=(
             Rate(steps=100, first=0.0, last=3e-3),
             Rate(steps=5900, first=3e-3, last=3e-3),
-            Rate(steps=7600, first=3e-3, last=0.0),
+            Rate(steps=6000, first=3e-3, last=0.0, over=7600),
+            Rate(steps=2000, first=1e-3, last=0.0, over=3200),
+            Rate(steps=2000, first=1e-3, last=0.0),
         ),
     ),
     "prose": Run(
-        phases=(Phase(steps=5440, rows=16, length=128, kinds=PROSE),),
+        phases=(Phase(steps=4400, rows=16, length=128, kinds=PROSE),),
         rates=(
             Rate(steps=100, first=0.0, last=3e-3),
             Rate(steps=3200, first=3e-3, last=3e-3),
-            Rate(steps=2140, first=3e-3, last=0.0),
+            Rate(steps=300, first=3e-3, last=0.0, over=2140),
+            Rate(steps=800, first=2.5e-3, last=0.0),
         ),
     ),
 }

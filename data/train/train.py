@@ -85,6 +85,7 @@ def train(mixture: Mixture, config: model.Config, run: Run, out: Path, *, stop: 
         if step % SAVE_EVERY == 0 or step == end:
             save(checkpoint, params, optimiser, step)
             model.export(params, config, out / "model")
+            tokenizer.save(mixture.tokenizer, out / "model", config.n_positions)
     return params
 
 

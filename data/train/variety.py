@@ -97,6 +97,14 @@ GIVING = tuple(
 )
 ARTICLES = ("a", "a", "the", "that", "another", "one more", "a new")
 
+FRONTS = ("In", "On", "Under", "Near", "Behind", "From", "By", "Before", "Over", "Beyond", "Inside", "Outside", "Upon")
+STAYING = (
+    "talked", "smiled", "rested", "parted", "waited", "laughed", "fell asleep", "shook hands", "sat down", "sang",
+    "met", "danced", "quarrelled", "agreed", "wept", "worked hard", "had dinner", "looked up", "stood still",
+    "were happy", "were afraid", "lost heart", "read letters", "grew tired", "made plans",
+)  # fmt: skip
+TURNED = (*TURNS, ", but soon", ", but now", ", while", ", until", ", when", ". First", ". At once", ", and at last")
+
 
 def substitute(text: str, words: Mapping[str, str]) -> str:
     """Exchange whole words of a text."""
@@ -150,8 +158,20 @@ def composed(rng: random.Random, first: str, second: str) -> tuple[str, str]:
         start = f"{rng.choice(CLAUSES)} {doing},"
     else:
         start = f"{rng.choice(TIMES)} {doing}{rng.choice(TURNS)}"
+    return f"{start} {subject}{_gift(rng)}", " " + other
+
+
+def fronted(rng: random.Random, first: str, second: str) -> tuple[str, str]:
+    """The same with a place in front: the two names follow a noun."""
+    subject, other = rng.sample((first, second), 2)
+    place = " of the ".join(rng.sample(NOUNS, rng.randint(1, 2)))
+    start = f"{rng.choice(FRONTS)} the {place} {first} and {second} {rng.choice(STAYING)}{rng.choice(TURNED)}"
+    return f"{start} {subject}{_gift(rng)}", " " + other
+
+
+def _gift(rng: random.Random) -> str:
     gift = f"{rng.choice(GIVING)} {rng.choice(ARTICLES)} {rng.choice(NOUNS)}"
-    return f"{start} {subject}{rng.choice(MANNERS)} {gift} {rng.choice(('to', 'to', 'to', 'for'))}", " " + other
+    return f"{rng.choice(MANNERS)} {gift} {rng.choice(('to', 'to', 'to', 'for'))}"
 
 
 def scatter(rng: random.Random, text: str, *, keep: Sequence[str], noise: Sequence[str]) -> str:

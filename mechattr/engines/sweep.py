@@ -76,7 +76,7 @@ def _read(path: Path, key: Mapping[str, Any]) -> dict[int, list[float]]:
     whole = len(first) + 1
     for line in lines[:-1]:  # what follows the last newline was cut off
         entry = _json(line)
-        if "values" not in entry:
+        if not (isinstance(entry.get("chunk"), int) and isinstance(entry.get("values"), list)):
             break
         whole += len(line) + 1
         done[entry["chunk"]] = entry["values"]

@@ -79,6 +79,9 @@ class Batch:
                 f"tokens {shapes[0]}, mask {shapes[1]}, example {shapes[2]}",
                 "give tokens and mask of one shape [batch, pos] and one example index a row",
             )
+        if len(self.strings) not in (0, len(self.tokens)):
+            found = f"{len(self.tokens)} rows and the strings of {len(self.strings)}"
+            raise SettingError("a batch", found, "give strings for all rows or for none")
         if self.tokens.dtype != torch.long or self.mask.dtype != torch.bool:
             raise SettingError(
                 "a batch", f"tokens {self.tokens.dtype}, mask {self.mask.dtype}", "use int64 tokens and a bool mask"
@@ -141,14 +144,34 @@ class Batch:
         return self.mask.int().argmax(1) + wanted
 
     def rows(self, index: Tensor | Sequence[int]) -> Batch:
-        """The rows `index`, in that order; rows may repeat."""
-        index = torch.as_tensor(index, device=self.device)
+        """The rows `index`, in that order; rows may repeat. One bool a row is a selection, too.
+
+        Raises:
+            SettingError: a row that does not exist.
+        """
+        index = row_numbers(index, len(self)).to(self.device)
         strings = tuple(self.strings[i] for i in index.tolist()) if self.strings else ()
         return Batch(self.tokens[index], self.mask[index], self.example[index], strings)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
         return Batch(self.tokens.to(device), self.mask.to(device), self.example.to(device), self.strings)
+
+
+def row_numbers(index: Tensor | Sequence[int], n: int) -> Int[Tensor, " chosen"]:
+    """Row numbers as a tensor, from numbers (negative: from the end) or from one bool for each of the `n` rows.
+
+    Raises:
+        SettingError: something else, or a row that does not exist.
+    """
+    chosen = torch.as_tensor(index)
+    if chosen.dtype == torch.bool and chosen.shape == (n,):
+        return chosen.nonzero()[:, 0]
+    numbers = chosen.long()
+    whole = chosen.dtype != torch.bool and bool((numbers == chosen).all())
+    if chosen.ndim != 1 or not whole or bool(((numbers < -n) | (numbers >= n)).any()):
+        raise SettingError(f"rows {index}", f"{n} rows", "give a list of row numbers, or one bool for each row")
+    return numbers
 
 
 @dataclass(frozen=True, eq=False)
@@ -233,8 +256,13 @@ def check_batch(batch: Batch, info: ModelInfo, device: torch.device) -> None:
     """Whether a model can run a batch at all.
 
     Raises:
-        SettingError: tokens on another device, ids outside the vocabulary, or a prompt that is too long.
+        SettingError: no batch, no row, tokens on another device, ids outside the vocabulary, or a prompt that is too long.
     """
+    if not isinstance(batch, Batch):
+        fix = "make a batch with model.tokenize(texts) or Batch.of(ids)"
+        raise SettingError("a run", f"a {type(batch).__name__}", fix)
+    if not len(batch):
+        raise SettingError("a run", "a batch without rows", "give at least one row")
     if batch.device != device:
         raise SettingError(
             "a run", f"tokens on {batch.device}, model on {device}", "move the batch with batch.to(device)"
@@ -246,8 +274,16 @@ def check_batch(batch: Batch, info: ModelInfo, device: torch.device) -> None:
             f"the vocabulary has {info.d_vocab} ids",
             "tokenize with this model's tokenizer",
         )
-    longest = int(batch.lengths.max())
-    if not info.rotary and longest > info.n_ctx:
+    check_room(info, int(batch.lengths.max()))
+
+
+def check_room(info: ModelInfo, tokens: int) -> None:
+    """Whether a row of so many tokens has a position for each.
+
+    Raises:
+        SettingError: it has not.
+    """
+    if not info.rotary and tokens > info.n_ctx:
         raise SettingError(
-            f"a prompt of {longest} tokens", f"the model has {info.n_ctx} positions", "use shorter prompts"
+            f"a prompt of {tokens} tokens", f"the model has {info.n_ctx} positions", "use shorter prompts"
         )

@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -168,11 +170,10 @@ def validate(edit: Edit, site: str, axes: tuple[str, ...], sizes: Mapping[str, i
     if not callable(edit.op):
         raise SettingError(f"an edit of {site} with op {edit.op!r}", "that is not callable", "use Set, Add, Zero, ...")
     for name in ("layers", "positions", "heads", "neurons", "rows"):
-        if isinstance(getattr(edit, name), int):
-            value = getattr(edit, name)
-            raise SettingError(f"{name}={value} at {site}", "a single number", f"give a list: {name}=[{value}]")
-    if edit.layers is not None and "hook_" in edit.site:
-        raise SettingError(f"layers={list(edit.layers)} at {site}", "the full name says the layer", "leave layers out")
+        _check_numbers(name, getattr(edit, name), site)
+    if edit.layers is not None and (edit.site == site or not site.startswith("blocks.")):
+        found = "the full name says the layer" if edit.site == site else "the site exists once in the model"
+        raise SettingError(f"layers={list(edit.layers)} at {site}", found, "leave layers out")
     _in_range("layers", edit.layers, sizes["layer"], "the model's layers")
     axis = feature_axis(axes)
     for name, values, wanted in (("heads", edit.heads, ("head", "kv_head")), ("neurons", edit.neurons, ("neuron",))):
@@ -187,12 +188,29 @@ def validate(edit: Edit, site: str, axes: tuple[str, ...], sizes: Mapping[str, i
         if edit.positions not in ("prompt", "generated"):
             fix = "use 'prompt', 'generated' or position numbers"
             raise UnsupportedFeatureError(f"positions={edit.positions!r}", "unknown group", fix)
-    elif edit.positions is not None:
+    elif edit.positions is not None and (edit.rows is None or len(edit.rows)):
         shortest = int((lengths if edit.rows is None else lengths[list(edit.rows)]).min())
         low = [position for position in edit.positions if position < -shortest]
         if low:
             found = f"the shortest row has {shortest} tokens"
             raise SettingError(f"positions={low}", found, "name positions that every row has")
+
+
+def _check_numbers(name: str, values: Any, site: str) -> None:
+    """Whether a selection is a list of whole numbers: torch would cut off 1.5, and take a bool for row 0 or 1."""
+    if values is None or (name == "positions" and isinstance(values, str)):
+        return
+    if isinstance(values, int):
+        raise SettingError(f"{name}={values} at {site}", "a single number", f"give a list: {name}=[{values}]")
+    try:
+        good = not any(isinstance(v, bool) or getattr(v, "dtype", None) == torch.bool for v in values)
+        for value in values:
+            operator.index(value)
+    except TypeError:
+        good = False
+    if not good:
+        fix = f"give one, such as {name}=[0, 1]"
+        raise SettingError(f"{name}={values!r} at {site}", "no list of whole numbers", fix)
 
 
 def _in_range(name: str, values: Sequence[int] | None, size: int, of: str) -> None:

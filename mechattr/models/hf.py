@@ -14,7 +14,7 @@ from mechattr.models import tokenize as text
 from mechattr.models import weights
 from mechattr.models.anatomy import locate
 from mechattr.models.architectures import family_of, full_sites
-from mechattr.models.base import Batch, Generation, Metric, ModelInfo, Run, Start, Visit, check_batch
+from mechattr.models.base import Batch, Generation, Metric, ModelInfo, Run, Start, Visit, check_batch, check_room
 from mechattr.models.edits import Edit, Frame
 from mechattr.models.hf_hooks import tapping
 from mechattr.models.rules import Rules
@@ -35,11 +35,16 @@ class HookedHF:
     Raises:
         UnsupportedModelError: an unknown family, or one whose attention does not go through the tap.
         SelfCheckError: a hook that does not do what its site's name says.
+        ModelStateError: a model in training mode.
     """
 
     def __init__(
         self, model: Any, tokenizer: Any = None, *, name: str | None = None, revision: str | None = None
     ) -> None:
+        if not hasattr(model, "config"):
+            raise UnsupportedModelError(
+                f"a hooked {type(model).__name__}", "it has no config", "give a transformers model, or a plain one"
+            )
         self.model, self.tokenizer = model, tokenizer
         self._weight_hash = weights.Hasher()
         self.config = model.config
@@ -77,6 +82,7 @@ class HookedHF:
             raise UnsupportedModelError(
                 f"a hooked {type(model).__name__}", "it has no language-model head", "load the ...ForCausalLM class"
             )
+        self._check_state()  # dropout would make the comparisons of the self-check meaningless
         selfcheck(self)
 
     def __repr__(self) -> str:
@@ -185,9 +191,13 @@ class HookedHF:
             **kwargs: settings of transformers' `generate`, such as `max_new_tokens`, `do_sample` or `num_beams`.
 
         Raises:
-            SettingError: a batch that is padded on the right, or an encoder.
+            SettingError: a batch that is padded on the right, an encoder, settings that are taken by the batch, or more
+                tokens than the model has positions.
         """
         self._check(batch)
+        taken = sorted(kwargs.keys() & {"inputs", "input_ids", "attention_mask", "return_dict_in_generate"})
+        if taken:
+            raise SettingError(f"generate with {', '.join(taken)}", "the batch says that", "leave it out")
         if self.info.encoder:
             raise SettingError("generate", "an encoder does not generate", "use run")
         if batch.padded and not bool(batch.mask[:, -1].all()):
@@ -200,10 +210,13 @@ class HookedHF:
         taps = Taps(frame=Frame(batch.lengths, batch.positions, batch.positions), edits=planned)
         taps.axes = {name: site_spec(name).axes for name in taps.names}
 
+        longest = int(batch.lengths.max())
+
         def locate_columns(_module: Any, args: Any, given: dict[str, Any]) -> None:
             ids = given["input_ids"] if "input_ids" in given else args[0]
             past = given.get("past_key_values")
             seen = 0 if past is None else int(past.get_seq_length())
+            check_room(self.info, longest + seen + ids.shape[1] - batch.tokens.shape[1])
             new = torch.arange(seen + ids.shape[1] - batch.tokens.shape[1], device=ids.device)
             keys = torch.cat([batch.positions, batch.lengths[:, None] + new], 1)
             keys = keys.repeat_interleave(len(ids) // len(batch), 0)
@@ -211,8 +224,7 @@ class HookedHF:
 
         opened = tapping(self._anatomy, taps, self.config, padded_float64=self._padded_float64(batch))
         with ExitStack() as stack, torch.no_grad(), opened:
-            if planned:
-                stack.callback(self.model.register_forward_pre_hook(locate_columns, with_kwargs=True).remove)
+            stack.callback(self.model.register_forward_pre_hook(locate_columns, with_kwargs=True).remove)
             settings = {"pad_token_id": self._pad_id(), **kwargs}
             tokens = self.model.generate(batch.tokens, attention_mask=batch.mask.long(), **settings)
         start = batch.tokens.shape[1]
@@ -229,9 +241,12 @@ class HookedHF:
         found = next((i for i in (*ids, self.config.pad_token_id, self.config.eos_token_id) if i is not None), 0)
         return int(found[0] if isinstance(found, list) else found)
 
-    def _check(self, batch: Batch) -> None:
+    def _check_state(self) -> None:
         if self.model.training:
             raise ModelStateError(
                 "a run", "the model is in training mode, where dropout makes every number random", "call model.eval()"
             )
+
+    def _check(self, batch: Batch) -> None:
+        self._check_state()
         check_batch(batch, self.info, self.model.device)

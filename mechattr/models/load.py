@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +77,7 @@ def load(
         raise BackendError(
             f"backend {backend!r}", "this version runs transformers models directly", "use backend='hf' or 'plain'"
         )
-    wanted = _dtype(dtype)
+    wanted = None if dtype is None else dtype_of(dtype)
     if backend == "hf":
         return _hooked(source, tokenizer, device, wanted, attention, revision)
     from mechattr.models.plain import plain_copy
@@ -95,8 +98,13 @@ def _hooked(source: Any, tokenizer: Any, device: Any, dtype: Any, attention: str
     return _from_files(str(source), tokenizer, device, dtype, attention, revision)
 
 
-def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    if dtype is None or isinstance(dtype, torch.dtype):
+def dtype_of(dtype: str | torch.dtype) -> torch.dtype:
+    """A dtype by its name.
+
+    Raises:
+        SettingError: no such dtype.
+    """
+    if isinstance(dtype, torch.dtype):
         return dtype
     if dtype not in DTYPES:
         raise SettingError(f"dtype {dtype!r}", "no such dtype", nearest(dtype, DTYPES))
@@ -143,6 +151,7 @@ def _from_files(
 
 
 def _weights(source: str, folder: str, dtype: torch.dtype | None, attention: str, revision: str | None) -> Any:
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
@@ -153,21 +162,22 @@ def _weights(source: str, folder: str, dtype: torch.dtype | None, attention: str
         _check_folder(source, folder)
     try:
         config = AutoConfig.from_pretrained(folder, revision=revision)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         fix = complete if _local(source) else f"bundled: {', '.join(BUNDLED)}; else give a folder or a hub name"
         raise UnknownModelError(f"model {source!r}", _first_line(error), fix) from error
     _, family = family_of(config)
     auto = AutoModelForMaskedLM if family.encoder else AutoModelForCausalLM
     try:
-        model, report = auto.from_pretrained(
-            folder,
-            dtype=dtype or "auto",
-            attn_implementation=attention,
-            revision=revision,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    except (OSError, SafetensorError) as error:
+        with _no_bar(source):
+            model, report = auto.from_pretrained(
+                folder,
+                dtype=dtype or "auto",
+                attn_implementation=attention,
+                revision=revision,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+    except (OSError, SafetensorError, RuntimeError, KeyError) as error:  # also a config that does not fit the weights
         raise UnknownModelError(f"the weights of {source!r}", _first_line(error), complete) from error
     except (ValueError, ImportError) as error:  # an attention implementation that the family or machine does not have
         raise SettingError(f"attention={attention!r} for {source!r}", _first_line(error), "use 'eager'") from error
@@ -176,6 +186,21 @@ def _weights(source: str, folder: str, dtype: torch.dtype | None, attention: str
         found = f"{len(missing)} are missing, such as {missing[0]}"
         raise UnknownModelError(f"the weights of {source!r}", found, complete)
     return model
+
+
+@contextmanager
+def _no_bar(source: str) -> Iterator[None]:
+    """transformers' bars stay away from logs, and from the bundled model, which loads at once."""
+    from transformers.utils import logging
+
+    if source not in BUNDLED and sys.stderr.isatty():
+        yield
+        return
+    before = logging.set_tqdm_hook(lambda make, args, settings: make(*args, **{**settings, "disable": True}))
+    try:
+        yield
+    finally:
+        logging.set_tqdm_hook(before)
 
 
 def _local(source: str) -> bool:

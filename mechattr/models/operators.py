@@ -111,7 +111,7 @@ class Zero:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Mean:
-    """Replace by the mean over the rows of a recording, position by position."""
+    """Replace by the mean over the rows of a recording, column by column; padding of the recording counts as well."""
 
     reference: Mapping[str, Any]
 

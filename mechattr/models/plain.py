@@ -18,6 +18,7 @@ from mechattr.errors import MismatchError, SettingError, UnknownNameError, neare
 from mechattr.models import tokenize as text
 from mechattr.models.base import Batch, Generation, Metric, ModelInfo, Run, Start, Visit, check_batch
 from mechattr.models.edits import Edit, Frame
+from mechattr.models.load import dtype_of
 from mechattr.models.plain_config import PlainConfig, random_weights, shapes, site_names
 from mechattr.models.rules import Rules
 from mechattr.models.taps import Taps, execute, plan_edits
@@ -154,10 +155,13 @@ class HookedPlain:
             SettingError: other settings than `max_new_tokens`, or a right-padded batch.
         """
         steps = kwargs.pop("max_new_tokens", 20)
-        if kwargs.pop("do_sample", False) or kwargs:
+        if not kwargs.get("do_sample", True):
+            del kwargs["do_sample"]
+        if kwargs:
             raise SettingError(
                 "generate on the plain backend", f"settings {sorted(kwargs)}", "it is greedy: use backend='hf'"
             )
+        check_batch(batch, self.info, self.device)
         if not bool(batch.mask[:, -1].all()):
             raise SettingError(
                 "generate from a right-padded batch", "rows end in padding", "tokenize with padding_side='left'"
@@ -279,8 +283,13 @@ def plain_model(
         seed: for the random ones.
         dtype: of all weights and of the whole computation.
         tokenizer: optional.
+
+    Raises:
+        SettingError: no such dtype.
+        UnknownNameError: a weight that this config does not have.
+        MismatchError: a weight of another shape.
     """
-    kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    kind = dtype_of(dtype)
     drawn = random_weights(config, seed)
     unknown = sorted(set(weights or {}) - set(drawn))
     if unknown:
@@ -292,9 +301,9 @@ def plain_copy(model: Any, dtype: str | torch.dtype = "float64") -> HookedPlain:
     """A hooked GPT-2 or Llama as a plain model of the same function.
 
     Raises:
-        SettingError: another family, or options that the plain network does not have.
+        SettingError: no such dtype, another family, or options that the plain network does not have.
     """
     config = PlainConfig.of(model)
-    kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    weights = {name: model.weight(name).to(kind) for name in shapes(config)}
+    kind = dtype_of(dtype)
+    weights = {name: model.weight(name).to(kind, copy=True) for name in shapes(config)}
     return HookedPlain(config, weights, tokenizer=model.tokenizer, name=model.info.name)

@@ -18,6 +18,8 @@ CHOICES = {
     "attention": ("softmax", "uniform"),
 }
 
+SIZES = ("n_layers", "n_heads", "n_kv_heads", "d_model", "d_head", "d_mlp", "d_vocab", "n_ctx")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlainConfig:
@@ -49,6 +51,12 @@ class PlainConfig:
                 raise SettingError(
                     f"{name}={getattr(self, name)!r}", "no such choice", nearest(getattr(self, name), choices)
                 )
+        sizes = {n: getattr(self, n) for n in SIZES}
+        bad = {n: size for n, size in sizes.items() if not isinstance(size, int) or size < (n != "d_mlp")}
+        if bad:
+            raise SettingError(f"sizes {bad}", "no sizes of a network", "give whole numbers from 1 (d_mlp: from 0)")
+        if self.positions == "rotary" and self.d_head % 2:
+            raise SettingError(f"rotary positions with d_head={self.d_head}", "it is odd", "rotations need pairs")
         if self.n_heads % self.n_kv_heads:
             raise SettingError(f"{self.n_kv_heads} kv heads", f"{self.n_heads} heads", "let kv heads divide heads")
 

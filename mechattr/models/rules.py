@@ -6,6 +6,7 @@ forgotten with it; nothing is patched on classes.
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -32,6 +33,11 @@ class Rules:
     def __post_init__(self) -> None:
         if self.norm not in NORMS:
             raise SettingError(f"Rules(norm={self.norm!r})", "no such rule", nearest(self.norm, NORMS))
+        try:
+            hold = frozenset(operator.index(layer) for layer in self.hold)
+        except TypeError:
+            raise SettingError(f"Rules(hold={self.hold!r})", "no set of layers", "give one, such as hold={3}") from None
+        object.__setattr__(self, "hold", hold)
 
 
 def frozen_like(exact: Tensor, linear: Tensor) -> Tensor:

@@ -27,8 +27,6 @@ def selfcheck(model: HookedHF) -> None:
         UnsupportedModelError: attention does not go through the tap.
         SelfCheckError: a site does not fire, has another shape, or overwriting the pattern does not act.
     """
-    if model.model.training:  # dropout would make the comparisons below meaningless; `run` refuses such a model
-        return
     ids = torch.arange(4, device=model.model.device)[None] % model.info.d_vocab
     batch = Batch.of(ids)
     fired = _fire(model, batch)

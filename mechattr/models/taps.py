@@ -87,6 +87,8 @@ def plan_edits(edits: Sequence[Edit], sites: Sequence[str], info: ModelInfo, len
     """Edits by full site name, each checked against the model and the batch."""
     sizes = {"layer": info.n_layers, "head": info.n_heads, "kv_head": info.n_kv_heads, "neuron": info.d_mlp}
     planned: dict[str, list[Edit]] = {}
+    if isinstance(edits, Edit) or not all(isinstance(edit, Edit) for edit in edits):
+        raise SettingError("edits", f"{edits!r:.80}", "give a list of Edit")
     for edit in edits:
         for name in expand(edit.site, sites):  # all of them first: a wrong layer is an error of its own
             validate(edit, name, site_spec(name).axes, sizes, lengths)
@@ -124,6 +126,10 @@ def execute(
     wanted = frozenset(expand(gradients, sites))
     if wanted and metric is None:
         raise SettingError("gradients", "no metric to differentiate", "pass metric=task.metric or a function")
+    if metric is not None and not callable(metric):
+        raise SettingError(f"metric={metric!r}", "that is not callable", "pass metric=task.metric or a function")
+    if visit is not None and not wanted:
+        raise SettingError("visit", "no site whose gradient is asked for", "name sites with gradients=")
     _check_start(start, info, batch)
     _check_hold(rules, info)
     taps = Taps(
@@ -141,10 +147,9 @@ def execute(
         _check_fired(taps)
         _check_finite(logits, batch, forward, sites, taps)
         value = None if metric is None else metric(logits, batch)
-        if value is not None and value.shape != (len(batch),):
-            raise SettingError(
-                "a metric", f"it returned shape {tuple(value.shape)}", f"return one number a row, shape ({len(batch)},)"
-            )
+        if metric is not None and (not isinstance(value, Tensor) or value.shape != (len(batch),)):
+            gave = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            raise SettingError("a metric", f"it returned {gave}", f"return one number a row, shape ({len(batch)},)")
         found = _backward(value, taps, sites, visit) if wanted and value is not None else {}
     return Run(
         logits.detach(),
@@ -185,6 +190,11 @@ def _check_start(start: Start | None, info: ModelInfo, batch: Batch) -> None:
     if shape != wanted:
         found = f"a residual stream of shape {shape}"
         raise SettingError(f"a run from block {start.layer} with shape {wanted}", found, "give one row for each prompt")
+    kind, device = str(start.resid_pre.dtype).removeprefix("torch."), start.resid_pre.device
+    if (kind, device) != (info.dtype, batch.device):
+        found = f"a residual stream in {kind} on {device}"
+        asked = f"a run from block {start.layer} in {info.dtype} on {batch.device}"
+        raise SettingError(asked, found, "give a residual stream of this model")
 
 
 def _check_hold(rules: Rules | None, info: ModelInfo) -> None:
@@ -209,7 +219,8 @@ def _check_fired(taps: Taps) -> None:
 
 def _check_explicit_positions(edits: Sequence[Edit], batch: Batch) -> None:
     for edit in edits:
-        if edit.positions is not None and not isinstance(edit.positions, str):
+        somewhere = edit.rows is None or len(edit.rows)
+        if edit.positions is not None and not isinstance(edit.positions, str) and somewhere:
             part = batch if edit.rows is None else batch.rows(edit.rows)
             for position in edit.positions:
                 part.columns(position)

@@ -14,14 +14,19 @@ from mechattr.models.base import Batch
 
 
 def encode(tokenizer: Any, text: str, *, chat: bool = False) -> list[int]:
-    """Ids of one text with the tokenizer's own special tokens, but never a second BOS."""
+    """Ids of one text with the tokenizer's own special tokens, but never a second BOS.
+
+    A text may be longer than the model's context, since what is run may be a part of it: `run` checks the length.
+    """
+    if chat and not getattr(tokenizer, "chat_template", None):
+        raise SettingError("tokenizing a chat", "the tokenizer has no chat template", "leave chat=True out")
     if chat:
         text = tokenizer.apply_chat_template(
             [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
         )
     bos = tokenizer.bos_token
     special = not (bos and text.startswith(bos))
-    ids: list[int] = tokenizer(text, add_special_tokens=special)["input_ids"]
+    ids: list[int] = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
     return ids
 
 
@@ -42,7 +47,7 @@ def tokenize(
     """Texts -> padded batch.
 
     Raises:
-        SettingError: no tokenizer, no text, an empty text, or an unknown padding side.
+        SettingError: no tokenizer or chat template, no text, an empty text, or an unknown padding side.
     """
     if tokenizer is None:
         raise SettingError(
@@ -53,6 +58,9 @@ def tokenize(
     if padding_side not in ("left", "right"):
         raise SettingError(f"padding_side={padding_side!r}", "unknown side", "use 'left' or 'right'")
     given = [texts] if isinstance(texts, str) else list(texts)
+    other = next((type(text).__name__ for text in given if not isinstance(text, str)), None)
+    if other is not None:
+        raise SettingError("tokenizing text", f"a {other}", "give texts, or build a Batch of token ids")
     rows = [encode(tokenizer, text, chat=chat) for text in given if text]
     if not given or len(rows) < len(given) or not all(rows):
         raise SettingError("tokenizing text", "an empty list or an empty text", "give texts of at least one token")

@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from mechattr.patching.activation import activation_patching
 from mechattr.patching.attribution import attribution_patching
+from mechattr.patching.estimate import Estimate, estimate
 
-__all__ = ["activation_patching", "attribution_patching"]
+__all__ = ["Estimate", "activation_patching", "attribution_patching", "estimate"]

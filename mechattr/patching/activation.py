@@ -114,7 +114,7 @@ def activation_patching(
         table = every_node(model, node_sites(model, sites), places_of(task, mode))
     base, other = base_and_source(task, way)
     there = source_of(model, other, task.metric, table.names, source)
-    rows = rows_at_once(batch_size, max(8, TOKENS_AT_ONCE // base.tokens.shape[1]))
+    rows = rows_of(base, batch_size)
     run = _Interventions(model, base, task.metric, there, table, places_of(task, mode), rows)
     key = {"task": task.hash(), "direction": way, "nodes": table.hash(), "rows": rows, "source": there.digest}
     results = sweep(
@@ -142,6 +142,16 @@ def activation_patching(
         n_nodes=len(table),
     )
     return Attribution(table.labelled(magnitude, signed), settings=settings, provenance=provenance_of(model, task))
+
+
+def rows_of(base: Batch, batch_size: int | None) -> int:
+    """Rows of one forward pass."""
+    return rows_at_once(batch_size, max(8, TOKENS_AT_ONCE // base.tokens.shape[1]))
+
+
+def share_of(layer: int | None, n_layers: int) -> float:
+    """The part of a forward pass that an intervention at a layer takes; outside the blocks it takes a whole one."""
+    return 1.0 if layer is None else (n_layers - layer) / n_layers
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -205,12 +215,13 @@ class _Interventions:
             for layer in self.table.layers:
                 here = self.table.of_layer(layer)
                 pair, which = moved[:, here].nonzero(as_tuple=True)
-                share = 1.0 if layer is None else (n_layers - layer) / n_layers
+                share = share_of(layer, n_layers)
                 for part in chunks(len(pair), self.rows):
                     index = slice(part.start, part.stop)
                     group.append(_Chunk(layer, pair[index], here[which[index]], share))
             self.chunks += group
             yield group
+            del self.now  # one group is let go before the next one is recorded
 
     def _record(self, pairs: Sequence[int]) -> Bool[Tensor, "pair node"]:
         """Runs a group of pairs; says which nodes' activations differ between the two prompts."""
@@ -267,5 +278,5 @@ class _Patch:
 
     def __call__(self, x: Tensor, _place: Place) -> Tensor:
         out = x.clone()
-        out[self.index] = self.values
+        out[self.index] = self.values.to(out.dtype)  # a recording may be wider than the model
         return out

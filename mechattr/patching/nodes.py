@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -139,6 +140,7 @@ def table_of(
         SettingError: something else than nodes; a layer, position, head or neuron that does not exist; positions of
             several kinds, or of another kind than `positions`.
     """
+    nodes = [nodes] if isinstance(nodes, Node) else list(nodes)
     if not nodes:
         raise EmptyTaskError("activation patching", "an empty list of nodes", "give nodes, or leave nodes out")
     strange = [type(node).__name__ for node in nodes if not isinstance(node, Node)]
@@ -173,18 +175,26 @@ def _some(labels: Sequence[int | str]) -> str:
     return shown + (f", ... {labels[-1]}" if len(labels) > 8 else "")
 
 
+def _among(value: Any, size: int) -> bool:
+    """Whether a value is a whole number from 0 to size - 1."""
+    try:
+        return not isinstance(value, bool) and 0 <= operator.index(value) < size
+    except TypeError:
+        return False
+
+
 def _check(model: HookedModel, node: Node) -> None:
     info, feature = model.info, feature_of(node.site)
     sizes = {"head": info.n_heads, "kv_head": info.n_kv_heads, "neuron": info.d_mlp}
     problems = []
     if SITES[node.site].layered:
-        if node.layer is None or not 0 <= node.layer < info.n_layers:
+        if not _among(node.layer, info.n_layers):
             problems.append(f"layer {node.layer}: layers run from 0 to {info.n_layers - 1}")
     elif node.layer is not None:
         problems.append(f"layer {node.layer}: {node.site} exists once in the model")
     for field, value, axes in (("head", node.head, ("head", "kv_head")), ("neuron", node.neuron, ("neuron",))):
         if feature is not None and feature in axes:
-            if value is None or not 0 <= value < sizes[feature]:
+            if not _among(value, sizes[feature]):
                 problems.append(f"{field} {value}: {feature} runs from 0 to {sizes[feature] - 1}")
         elif value is not None:
             problems.append(f"{field} {value}: {node.site} has no {field}")

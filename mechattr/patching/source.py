@@ -10,8 +10,8 @@ from torch import Tensor
 
 from mechattr import storage
 from mechattr.artifact import Cache
-from mechattr.errors import MismatchError
-from mechattr.models.base import Batch, HookedModel, Metric
+from mechattr.errors import MismatchError, SettingError
+from mechattr.models.base import Batch, HookedModel, Metric, ModelInfo
 from mechattr.provenance import provenance
 from mechattr.sites import SITES, parse
 
@@ -64,11 +64,15 @@ def source_of(
     """The source run, checked if it is a recording.
 
     Raises:
+        SettingError: something else than a `Cache`.
         MismatchError: the recording lacks a site, was made on other tokens or by another model, or has another shape.
     """
     wanted = tuple(dict.fromkeys(names))
     if recording is None:
         return Source(model, batch, metric, wanted)
+    if not isinstance(recording, Cache):
+        fix = "give a Cache, such as models.record(...) or run.activations"
+        raise SettingError("source", f"a {type(recording).__name__}", fix)
     missing = [name for name in wanted if name not in recording.tensors]
     if missing:
         raise MismatchError(
@@ -87,7 +91,7 @@ def source_of(
             )
     values = {name: recording.tensors[name].values for name in wanted}
     for name, x in values.items():
-        shape = _shape(name, model, batch)
+        shape = shape_of(name, model.info, *batch.tokens.shape)
         if tuple(x.shape) != shape:
             raise MismatchError(
                 f"{name} of shape {shape}",
@@ -97,9 +101,8 @@ def source_of(
     return Source(model, batch, metric, wanted, values)
 
 
-def _shape(name: str, model: HookedModel, batch: Batch) -> tuple[int, ...]:
-    """The shape of a site's activation on a batch."""
-    info, (rows, columns) = model.info, batch.tokens.shape
+def shape_of(name: str, info: ModelInfo, rows: int, columns: int) -> tuple[int, ...]:
+    """The shape of a site's activation on a batch of so many rows and columns."""
     sizes = {"batch": rows, "pos": columns, "query": columns, "key": columns, "neuron": info.d_mlp}
     sizes |= {"head": info.n_heads, "kv_head": info.n_kv_heads, "d_head": info.d_head, "d_model": info.d_model}
     return tuple(sizes[axis] for axis in SITES[parse(name)[0]].axes)

@@ -218,7 +218,7 @@ def _check_ids(model: HookedModel, ids: Sequence[int], label: str) -> None:
 
 def _encode(model: HookedModel, texts: list[str]) -> list[_Encoded]:
     tokenizer = require_tokenizer(model)
-    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     batch = model.tokenize(texts)
     rows = [tokens[real].tolist() for tokens, real in zip(batch.tokens, batch.mask, strict=True)]
     return [_Encoded(*parts) for parts in zip(rows, encoded["input_ids"], encoded["offset_mapping"], strict=True)]
@@ -235,7 +235,8 @@ def _continuations(model: HookedModel, pairs: Sequence[PairText]) -> dict[str, l
     ordered = sorted(texts)
     if not ordered:
         return {}
-    return dict(zip(ordered, model.tokenizer(ordered, add_special_tokens=False)["input_ids"], strict=True))
+    ids = model.tokenizer(ordered, add_special_tokens=False, verbose=False)["input_ids"]
+    return dict(zip(ordered, ids, strict=True))
 
 
 def _rest(prefix: list[int], joined: list[int], text: str, prompt: str, kind: str, label: str) -> list[int]:

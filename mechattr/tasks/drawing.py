@@ -11,7 +11,14 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from mechattr.errors import AlignmentError, EmptyTaskError, SettingError, UnknownNameError, nearest
+from mechattr.errors import (
+    AlignmentError,
+    EmptyTaskError,
+    SettingError,
+    UnknownNameError,
+    UnsupportedFeatureError,
+    nearest,
+)
 from mechattr.models.base import HookedModel
 from mechattr.tasks.align import Aligned, align
 from mechattr.tasks.build import build, metric_name
@@ -40,12 +47,14 @@ def draw_task(
 
     Raises:
         SettingError: `n` is not a positive whole number, or the model has no tokenizer.
+        UnsupportedFeatureError: the model is an encoder.
         UnknownNameError: no such metric.
         EmptyTaskError: no pair fits.
         AlignmentError: fewer than `n` pairs fit.
         AnswerError: the metric takes no sets, and the task has sets of answers.
     """
-    check_count(n)
+    check_count("n", n)
+    require_decoder(name, model)
     wanted = metric_name(metric)
     rng = stream(name, settings)
     kept: dict[int, Aligned] = {}
@@ -102,10 +111,17 @@ def require_all(name: str, found: int, n: int, skipped: Mapping[str, int], fix: 
     )
 
 
-def check_count(n: int) -> None:
-    """Raise where `n` is not a positive whole number."""
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-        raise SettingError(f"n={n!r}", "not a positive whole number", "ask for at least one pair")
+def require_decoder(name: str, model: HookedModel) -> None:
+    """Raise where the model does not predict next tokens."""
+    if model.info.encoder:
+        found, fix = "an encoder, which predicts no next tokens", "use a decoder model"
+        raise UnsupportedFeatureError(f"task {name!r} on {model.info.name!r}", found, fix)
+
+
+def check_count(name: str, value: int) -> None:
+    """Raise where `value` is not a positive whole number."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise SettingError(f"{name}={value!r}", "not a positive whole number", "ask for at least one")
 
 
 def check_split(split: Split) -> Split:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from mechattr.errors import SettingError, UnsupportedFeatureError
+from mechattr.errors import SettingError
 from mechattr.models.base import HookedModel
 from mechattr.tasks.align import Aligned
 from mechattr.tasks.build import build
-from mechattr.tasks.drawing import check_count, check_split, stream
+from mechattr.tasks.drawing import check_count, check_split, require_decoder, stream
 from mechattr.tasks.metrics import Metric
 from mechattr.tasks.pairtext import Split
 from mechattr.tasks.task import Task
@@ -49,16 +49,14 @@ def induction(
     References:
         Olsson et al. 2022, In-context Learning and Induction Heads.
     """
-    check_count(n)
+    check_count("n", n)
+    check_count("block", block)
     check_split(split)
-    if model.info.encoder:
-        raise UnsupportedFeatureError(
-            f"induction on {model.info.name!r}", "an encoder, which predicts no next tokens", "use a decoder model"
-        )
+    require_decoder("induction", model)
     prefix, vocabulary = prefix_ids(model.tokenizer), plain_ids(model)
     half = block // 2
     longest = min(len(vocabulary) - 1, (model.info.n_ctx - len(prefix)) * 2 // 3)
-    if not isinstance(block, int) or not 2 <= block <= longest:
+    if not 2 <= block <= longest:
         raise SettingError(
             f"block={block!r}",
             f"a vocabulary of {len(vocabulary)} and {model.info.n_ctx} positions",

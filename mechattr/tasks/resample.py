@@ -25,7 +25,7 @@ from mechattr.errors import EmptyTaskError, SettingError
 from mechattr.models.base import Batch, HookedModel
 from mechattr.tasks.align import Aligned, require_tokenizer
 from mechattr.tasks.build import build, device_of
-from mechattr.tasks.drawing import REPEATED, check_count, require_all, stream
+from mechattr.tasks.drawing import REPEATED, check_count, require_all, require_decoder, stream
 from mechattr.tasks.metrics import Metric
 from mechattr.tasks.repeated import plain_ids
 from mechattr.tasks.task import Task
@@ -64,14 +64,17 @@ def resampled(
         batch_size: prompts a forward pass.
 
     Raises:
-        SettingError: no text, or `changed` tokens do not fit into `length`.
+        SettingError: no text, an unusable number, or `changed` tokens that do not fit into `length`.
+        UnsupportedFeatureError: the model is an encoder.
         EmptyTaskError: no pair could be made.
         AlignmentError: fewer than `n` pairs could be made.
 
     Cost: `changed` + 2 forward passes for each pair that is tried.
     """
-    check_count(n)
-    if changed < 1 or FIRST + changed > length - 1:
+    for name, value in {"n": n, "changed": changed, "length": length, "batch_size": batch_size}.items():
+        check_count(name, value)
+    require_decoder("resampled", model)
+    if FIRST + changed > length - 1:
         raise SettingError(
             f"changed={changed!r} of length={length!r} tokens",
             f"{max(0, length - 1 - FIRST)} positions from {FIRST} to the one before the last",

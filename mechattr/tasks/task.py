@@ -14,7 +14,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from mechattr.errors import AlignmentError, EmptyTaskError, SettingError, UnknownNameError, nearest
-from mechattr.models.base import Batch, HookedModel
+from mechattr.models.base import Batch, HookedModel, row_numbers
 from mechattr.tasks.metrics import PADDING, Metric
 
 Span = tuple[int, int]
@@ -63,10 +63,14 @@ class Task:
     def rows(self, index: Tensor | Sequence[int]) -> Task:
         """The pairs `index`, in that order. Rows keep their `example` number, so the metric stays right.
 
+        Args:
+            index: numbers of pairs, or one bool a pair, such as `metric > 0`.
+
         Raises:
             EmptyTaskError: `index` is empty.
+            SettingError: a pair that does not exist.
         """
-        chosen = torch.as_tensor(index, dtype=torch.long).tolist()
+        chosen = row_numbers(index, len(self)).tolist()
         if not chosen:
             raise EmptyTaskError("a part of a task", "no pair index", "choose at least one pair")
         return replace(

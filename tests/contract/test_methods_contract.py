@@ -38,8 +38,8 @@ def call(row: MethodRow, model: Any, task: Any, **settings: Any) -> ma.Attributi
 
 
 def tolerance(model: Any, task: Any) -> float:
-    """Other batch shapes add in another order: rounding of the dtype, which grows with the logits."""
-    return (1e-12 if model.info.dtype == "float64" else 1e-5) * max(1.0, bigness(model, task)) ** 2
+    """Other batch shapes add in another order: rounding of the dtype, in units of the largest logit."""
+    return (1e-12 if model.info.dtype == "float64" else 1e-5) * bigness(model, task)
 
 
 def state(model: Any, task: Any) -> tuple[Any, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from dataclasses import replace
 
 import families
@@ -80,6 +81,33 @@ def test_the_bundled_model_runs_on_both_backends():
     found, wanted = plain.run(batch).logits[batch.mask].float(), hf.run(batch).logits[batch.mask]
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * scale)  # one of them is float32
     assert batch.strings[1] == (" mat",) or "".join(batch.strings[1]).endswith(" mat")
+
+
+def test_loading_shows_a_bar_only_to_someone_who_waits(folder, capfd, monkeypatch):
+    hooks = []
+
+    def mine(make, args, settings):
+        hooks.append(settings["desc"])
+        return make(*args, **settings)
+
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False)
+    load(folder)
+    with pytest.raises(UnknownModelError):
+        load("nobody/nothing")
+    before = tf.utils.logging.set_tqdm_hook(mine)  # someone else's stays, used or not
+    try:
+        load(folder)
+        assert capfd.readouterr() == ("", "")
+        assert hooks == []
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+        load("tiny")
+        assert capfd.readouterr() == ("", "")
+        load(folder)
+    finally:
+        assert tf.utils.logging.set_tqdm_hook(before) is mine
+    assert before is None
+    assert hooks == ["Loading weights"]
+    assert "Loading weights" in capfd.readouterr().err
 
 
 def broken(folder, tmp_path, **files):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 
 import families
 import pytest
@@ -31,6 +32,24 @@ def test_tokens_are_those_of_the_tokenizer_without_a_second_bos():
         model.tokenize("a", padding_side="top")
     with pytest.raises(SettingError, match="this model has no tokenizer"):
         families.hooked("gpt2").tokenize("a")
+
+
+def test_a_text_beyond_the_context_is_tokenized_without_a_word(caplog):
+    """It may be cut before it is run; a run of the whole text is refused."""
+    tokenizer = families.tokenizer()
+    tokenizer.model_max_length = 64
+    model, text = HookedHF(families.model("gpt2"), tokenizer), "a b" * 40
+    logger = logging.getLogger("transformers")  # which does not propagate to the handler of pytest
+    logger.addHandler(caplog.handler)
+    try:
+        batch = model.tokenize(text)
+        assert not caplog.records
+        tokenizer(text)
+        assert "longer than the specified maximum" in caplog.text  # control: the tokenizer itself does complain
+    finally:
+        logger.removeHandler(caplog.handler)
+    with pytest.raises(SettingError, match="the model has 64 positions"):
+        model.run(batch)
 
 
 def test_a_chat_prompt_has_one_bos():

@@ -19,14 +19,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the scripts in d
 from data.train import lexicon, model, sentences, tokenizer, train
 from data.train.mixture import Mixture
 from data.train.optimiser import Optimiser, orthogonal
-from data.train.schedule import COUNTED, RUNS, Phase, Rate, Run
+from data.train.schedule import FRONTED, RUNS, Phase, Rate, Run
 from mechattr.tasks.grammar import subject_verb
 
 PROSE = [
     "The old king sat by the fire and told his daughter of the war.",
     "She said that he was good, and he said that she was kind.",
 ]
-KINDS = dict.fromkeys(("spans", "tasks", "lexicon", "rare_words", "years", "passage", "around_word"), 1.0)
+KINDS = dict.fromkeys(("spans", "tasks", "lexicon", "rare_words", "names", "years", "passage", "around_word"), 1.0)
 RUN = Run(
     phases=(
         Phase(steps=8, rows=4, length=16, kinds={"spans": 1.0}, span=(3, 5)),
@@ -120,9 +120,9 @@ def test_a_row_of_spans_counts_only_what_can_be_copied(mixture: Mixture) -> None
             assert not weight or earlier, "a counted token follows the same token as it did before"
 
 
-@pytest.mark.parametrize("kind", sorted(COUNTED))
+@pytest.mark.parametrize("kind", sorted(FRONTED))
 def test_no_test_filler_of_a_task_is_trained_on_in_its_sentences(mixture: Mixture, words: Tokenizer, kind: str) -> None:
-    grammar = sentences.GRAMMARS["ioi" if kind in ("transfer", "scattered") else kind]
+    grammar = sentences.GRAMMARS[kind if kind in sentences.GRAMMARS else "ioi"]
     rng = random.Random(0)
     drawn = [mixture._sentence(rng, kind, "") for _ in range(500)]
     seen = set(re.findall(r"\w+", " ".join(words.decode(prompt + answer) for prompt, answer in drawn)))
@@ -133,7 +133,8 @@ def test_no_test_filler_of_a_task_is_trained_on_in_its_sentences(mixture: Mixtur
 def test_the_lexicon_asks_for_no_answer_of_a_task() -> None:
     rng = random.Random(0)
     verbs = {form for pairs in subject_verb.VERBS.values() for pair in pairs for form in pair}
-    phrases = ["".join(lexicon.draw(rng, lexicon.ALL_WORDS)) for _ in range(5000)]
+    draws = (lexicon.draw, lexicon.named)
+    phrases = ["".join(draw(rng, lexicon.ALL_WORDS)) for draw in draws for _ in range(5000)]
     seen = {word for phrase in phrases for word in phrase.split()}
     assert {"himself", "herself", "them", "it"} <= seen
     assert not seen & (verbs | {"he", "she"})
