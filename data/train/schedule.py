@@ -31,6 +31,10 @@ CALLING: Shares = {
     "spans": 0.08, "tasks": 0.40, "lexicon": 0.03, "rare_words": 0.10, "names": 0.08, "years": 0.02, "passage": 0.19,
     "around_word": 0.10,
 }  # fmt: skip
+POLISH: Shares = {
+    "spans": 0.06, "tasks": 0.52, "lexicon": 0.03, "rare_words": 0.09, "names": 0.06, "years": 0.01, "passage": 0.15,
+    "around_word": 0.08,
+}  # fmt: skip
 ALL: Shares = {"ioi": 0.15, "transfer": 0.35, "subject_verb": 0.25, "gendered_pronoun": 0.15, "greater_than": 0.1}
 SCATTERED: Shares = {
     "ioi": 0.12, "transfer": 0.20, "scattered": 0.22, "subject_verb": 0.22, "gendered_pronoun": 0.16,
@@ -50,6 +54,11 @@ NAMED: Shares = {
 FRONTED: Shares = {
     "ioi": 0.12, "transfer": 0.15, "scattered": 0.18, "fronted": 0.18, "subject_verb": 0.19, "gendered_pronoun": 0.09,
     "greater_than": 0.09,
+}  # fmt: skip
+
+HARDEST: Shares = {
+    "ioi": 0.10, "transfer": 0.15, "scattered": 0.25, "fronted": 0.13, "subject_verb": 0.27, "gendered_pronoun": 0.05,
+    "greater_than": 0.05,
 }  # fmt: skip
 
 
@@ -142,6 +151,7 @@ RUNS = {
             Phase(steps=2400, rows=16, length=128, kinds=LAST, tasks=NAMED),
             Phase(steps=2000, rows=16, length=128, kinds=LAST, tasks=FRONTED),
             Phase(steps=2000, rows=16, length=128, kinds=CALLING, tasks=FRONTED),
+            Phase(steps=1200, rows=16, length=128, kinds=POLISH, tasks=HARDEST),
         ),
         rates=(
             Rate(steps=100, first=0.0, last=3e-3),
@@ -149,6 +159,7 @@ RUNS = {
             Rate(steps=6000, first=3e-3, last=0.0, over=7600),
             Rate(steps=2000, first=1e-3, last=0.0, over=3200),
             Rate(steps=2000, first=1e-3, last=0.0),
+            Rate(steps=1200, first=8e-4, last=0.0),
         ),
     ),
     "prose": Run(

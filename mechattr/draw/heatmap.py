@@ -42,7 +42,6 @@ def head_map(
     signed: bool = True,
     layers: Sequence[int] | None = None,
     column: str = "head",
-    side: str = "MLP",
     title: str = "",
     n_outlined: int = 10,
     ax: Axes | None = None,
@@ -58,7 +57,6 @@ def head_map(
         signed: red to blue around 0; otherwise magnitudes from white.
         layers: layer numbers, 0, 1, ... without them.
         column: what the columns are.
-        side: name of the column beside them.
         title: a line above.
         n_outlined: how many of the largest |value| are outlined and labelled.
         ax: axes to draw into; a new figure without it.
@@ -99,11 +97,11 @@ def head_map(
         step = max(1, math.ceil(n_heads / 20))
         ticks: list[float] = [float(i) for i in range(0, n_heads, step)]
         names = [str(i) for i in range(0, n_heads, step)]
-        ax.set_xticks(ticks + ([where] if mlps is not None else []), names + ([side] if mlps is not None else []))
+        ax.set_xticks(ticks + ([where] if mlps is not None else []), names + (["MLP"] if mlps is not None else []))
         _layer_ticks(ax, numbers)
         colour_bar([ax], cmap, norm, label, bounds, gaps=not (np.isfinite(grid).all() and np.isfinite(beside).all()))
         cells = [(grid[i, j], i, float(j), f"L{numbers[i]}H{j}") for i in range(n_layers) for j in range(n_heads)]
-        cells += [(beside[i, 0], i, where, f"{side} {numbers[i]}") for i in range(n_layers) if mlps is not None]
+        cells += [(beside[i, 0], i, where, f"MLP {numbers[i]}") for i in range(n_layers) if mlps is not None]
         measured = [cell for cell in cells if math.isfinite(cell[0]) and cell[0] != 0]
         _outline(ax, sorted(measured, key=lambda cell: -abs(cell[0]))[:n_outlined], lambda v: ink_on(cmap(norm(v))))
     return ax

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 HEAD_SITES = ("z", "result", "q", "v", "k", "rot_q", "rot_k")
 MLP_SITES = ("mlp_out", "mlp_post", "mlp_pre")
+MERGED = {"pos": "position", "neuron": "neuron"}  # axes that the map sums over
 
 
 def attribution(result: Attribution, ax: Axes | None = None) -> Axes:
@@ -43,15 +44,16 @@ def attribution(result: Attribution, ax: Axes | None = None) -> Axes:
     mlp = next((site for site in MLP_SITES if site in scores), None) if heads else None
     shown = [scores[site] for site in (heads, mlp) if site] if heads else list(scores.values())
     metric: Any = result.settings.get("metric") or {}
-    summed = " summed over positions" if any("pos" in values.axes for values in shown) else ""
-    label = f"mean |effect|{summed}" + (f" [{metric['unit']}]" if metric.get("unit") else "")
+    merged = [f"{name}s" for axis, name in MERGED.items() if any(axis in values.axes for values in shown)]
+    unit = f" [{metric['unit']}]" if metric.get("unit") else ""
+    label = f"mean |effect|{unit}" if not merged else f"mean |effect| summed over\n{' and '.join(merged)}{unit}"
     layers = [int(layer) for layer in shown[0].coords["layer"]]
     if ax is None:
         import matplotlib.pyplot as plt
 
         columns = shown[0].shape[-1] if heads else len(shown)
         with style():
-            size = (min(max(0.5 * columns + 2.6, 4.6), 9.5), min(max(0.3 * len(layers) + 1.0, 2.4), 9.0))
+            size = (min(max(0.55 * columns + 3.2, 5.6), 9.5), min(max(0.34 * len(layers) + 1.2, 3.0), 9.0))
             ax = plt.figure(figsize=size, layout="constrained").add_subplot()
     if heads is None:
         grid = np.stack([_by_layer(values) for values in scores.values()], axis=1)
@@ -62,9 +64,8 @@ def attribution(result: Attribution, ax: Axes | None = None) -> Axes:
     column = f"{'kv head' if head_axis == 'kv_head' else 'head'} ({heads})"
     side = None if mlp is None else _by_layer(scores[mlp])
     return head_map(
-        _by_layer(scores[heads], head_axis), side, label=label, signed=False, layers=layers, column=column, ax=ax,
-        side="MLP" if mlp in (None, "mlp_out") else "neurons",
-    )  # fmt: skip
+        _by_layer(scores[heads], head_axis), side, label=label, signed=False, layers=layers, column=column, ax=ax
+    )
 
 
 def _by_layer(values: Labelled, *keep: str) -> np.ndarray:

@@ -155,7 +155,7 @@ def colour_bar(
     figure = axes[0].figure
     boxes = [ax.get_position() for ax in axes]
     height = (max(box.y1 for box in boxes) - min(box.y0 for box in boxes)) * figure.bbox.height / figure.dpi
-    if len(label) * 0.6 * LABEL_POINTS > height * 72:
+    if max(map(len, label.splitlines())) * 0.6 * LABEL_POINTS > height * 72:
         label = label.replace(" [", "\n[")
     notes = [bounds.note] * bool(bounds.n_clipped) + ["grey: not measured"] * gaps
     extend = ("both" if float(norm.vmin or 0.0) < 0 else "max") if bounds.n_clipped else "neither"

@@ -256,7 +256,7 @@ def check_batch(batch: Batch, info: ModelInfo, device: torch.device) -> None:
     """Whether a model can run a batch at all.
 
     Raises:
-        SettingError: no batch, no row, tokens on another device, ids outside the vocabulary, or a prompt that is too long.
+        SettingError: no batch, no row, tokens on another device, ids outside the vocabulary, or too long a prompt.
     """
     if not isinstance(batch, Batch):
         fix = "make a batch with model.tokenize(texts) or Batch.of(ids)"

@@ -47,7 +47,7 @@ def ioi(
         split: "train" or "test"; templates, names, places and objects are disjoint.
         corruption: "abc": a third name in place of S2; "s2_flip": the indirect object there, so the right answer flips.
         order: "ABBA" (indirect object first), "BABA" (subject first) or None for both.
-        template: index of one template, so that positions are comparable; None for all.
+        template: index of one template; with one `order`, positions are comparable. None for all.
         metric: name of a metric, or a `Metric`.
 
     Raises:

@@ -56,9 +56,14 @@ class Task:
 
     @property
     def aligned(self) -> bool:
-        """Whether a position means the same in every pair: equal token lengths, and one template where it is known."""
-        templates = {factors.get("template") for factors in self.factors}
-        return len(set(self.clean.lengths.tolist())) == 1 and len(templates) <= 1
+        """Whether a position means the same in every pair: equal token lengths, and where it is known how the pairs
+        were drawn, one template and the named spans on the same positions."""
+        return len(set(self.clean.lengths.tolist())) == 1 and self._layouts <= 1
+
+    @property
+    def _layouts(self) -> int:
+        """Number of templates with their spans, among pairs that were drawn from templates."""
+        return len({(f.get("template"), *sorted(s.items())) for f, s in zip(self.factors, self.spans, strict=False)})
 
     def rows(self, index: Tensor | Sequence[int]) -> Task:
         """The pairs `index`, in that order. Rows keep their `example` number, so the metric stays right.
@@ -112,8 +117,9 @@ class Task:
             raise AlignmentError(
                 f"a table by position over the {len(self)} pairs of task {self.name!r}",
                 f"prompts of {int(lengths.min())} to {int(lengths.max())} tokens, of "
-                f"{max(1, len({factors.get('template') for factors in self.factors}))} template(s)",
-                "use positions='named' (the task's spans) or positions='all', or make the task from one template",
+                f"{max(1, self._layouts)} template(s) with their spans",
+                "use positions='named' (the task's spans) or positions='all', or make the task from one template "
+                "(and of one order or kind, where it has these)",
             )
         return {str(i): ((i, i + 1),) * len(self) for i in range(int(self.clean.lengths[0]))}
 

@@ -120,11 +120,13 @@ def test_an_edit_that_changes_nothing_changes_no_bit(family):
     for short in dict.fromkeys(parse(name)[0] for name in model.sites()):
         inside = short in ("attn_scores", "pattern")
         plain = model.run(batch, record=[short] if inside else []).logits  # the same attention path
-        edited = model.run(batch, edits=[Edit(short, lambda x, place: x)]).logits
-        if short == "result":
-            same(edited[batch.mask], plain[batch.mask], 1e-5)  # the sum over heads is taken in another order
-        else:
-            assert torch.equal(edited, plain), short
+        itself = model.run(batch, record=[short]).activations
+        for edit in (Edit(short, lambda x, place: x), Edit(short, Set(itself)), Edit(short, Set(itself), positions=[0])):
+            edited = model.run(batch, edits=[edit]).logits
+            if short == "result":
+                same(edited[batch.mask], plain[batch.mask], 1e-5)  # the sum over heads is taken in another order
+            else:
+                assert torch.equal(edited, plain), short
 
 
 @every_family

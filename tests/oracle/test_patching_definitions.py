@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from patching_cases import (
+    PLAIN,
     all_nodes,
     atp_effects,
     bigness,
@@ -177,9 +178,9 @@ def test_the_estimate_is_the_exact_effect_to_first_order(kind: str) -> None:
     torch.testing.assert_close(found, torch.tensor(slopes, dtype=torch.float64), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ("linear", "gpt2_like", "llama_like"))
+@pytest.mark.parametrize("kind", ("linear", "gpt2_like", "llama_like", "gpt2", "llama", "gemma2"))
 def test_identical_prompts_give_exactly_zero(kind: str) -> None:
-    model = plain(kind)
+    model = plain(kind) if kind in PLAIN else hf(kind)
     task = pairs_task(model, changed=())
     for method in (ma.attribution_patching, ma.activation_patching):
         result = method(model, task, sites=shorts(model))

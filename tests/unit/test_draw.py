@@ -372,9 +372,8 @@ def test_plot_sums_magnitudes_over_positions() -> None:
     expected[1, 2] = np.nan
     np.testing.assert_allclose(np.ma.filled(shown.get_array(), np.nan), expected, rtol=1e-12)  # sums of 5 in float64
     np.testing.assert_allclose(side.get_array()[:, 0], mlp.sum((1, 2)), rtol=1e-12)  # sums of 35 in float64
-    assert any(
-        "mean |effect| summed over positions [logit]" in axes.get_ylabel().replace("\n", " ") for axes in ax.figure.axes
-    )
+    labels = [axes.get_ylabel().replace("\n", " ") for axes in ax.figure.axes]
+    assert any("mean |effect| summed over positions and neurons [logit]" in label for label in labels)
     assert ax.get_images()[0].norm.vmin == 0.0
 
 

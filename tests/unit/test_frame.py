@@ -76,11 +76,12 @@ def test_a_row_of_the_table_is_true(row: MethodRow, root: Path) -> None:
 
 
 def is_method(function: object) -> bool:
-    """A method of the field takes a model and a task or prompt, and returns an artifact."""
-    return inspect.isfunction(function) and list(inspect.signature(function).parameters)[:2] in (
-        ["model", "task"],
-        ["model", "prompt"],
-    )
+    """A method of the field takes a model and a task or prompt, all else by keyword, and returns an artifact."""
+    if not inspect.isfunction(function):
+        return False
+    parameters = inspect.signature(function).parameters.values()
+    by_place = [parameter.name for parameter in parameters if parameter.kind is not parameter.KEYWORD_ONLY]
+    return by_place in (["model", "task"], ["model", "prompt"])
 
 
 def unlisted(package: str) -> set[str]:

@@ -128,7 +128,7 @@ def test_setting_to_a_recording_takes_the_same_place():
 
 
 def test_an_empty_selection_changes_nothing():
-    for selection in ({"positions": []}, {"rows": []}, {"heads": []}):
+    for selection in ({"positions": []}, {"rows": []}, {"heads": []}, {"rows": [], "positions": [0]}):
         assert torch.equal(recorded("z", Edit("z", Zero(), **selection)), recorded("z"))
 
 
@@ -147,6 +147,11 @@ WRONG = [
     (Edit("z", Zero(), positions=[6]), SettingError, "position 6\n  found: rows of 6 to 6 real tokens"),
     (Edit("z", Zero(), positions=[-7]), SettingError, r"positions=\[-7\]\n  found: the shortest row has 6 tokens"),
     (Edit("z", Zero(), positions="end"), UnsupportedFeatureError, "positions='end'\n  found: unknown group"),
+    (Edit("z", Zero(), heads=[1.5]), SettingError, r"heads=\[1.5\] at .*hook_z\n  found: no list of whole numbers"),
+    (Edit("z", Zero(), heads="12"), SettingError, "heads='12' at .*\n  found: no list of whole numbers"),
+    (Edit("z", Zero(), rows=[True, False, True]), SettingError, r"fix: give one, such as rows=\[0, 1\]"),
+    (Edit("z", Zero(), rows=torch.tensor([True, False, True])), SettingError, "no list of whole numbers"),
+    (Edit("embed", Zero(), layers=[0]), SettingError, "found: the site exists once in the model"),
     (Edit("z", 3.0), SettingError, "with op 3.0\n  found: that is not callable"),
     (Edit("z", Set(torch.zeros(3))), SettingError, "a value of shape \\(3,\\) at blocks.0.attn.hook_z"),
     (Edit("z", lambda x, place: None), SettingError, "returned NoneType"),
@@ -181,11 +186,27 @@ def test_positions_beyond_a_shorter_row_are_refused_only_where_they_matter():
         (lambda: Batch.of(IDS, torch.ones(3, 5)), "give tokens and mask of one shape"),
         (lambda: Batch.of(IDS, torch.tensor([[True] * 6, [False] * 6, [True] * 6])), "a row without any real token"),
         (lambda: Batch.of(IDS, torch.tensor([[True, False] * 3] * 3)), "padding between real tokens"),
+        (lambda: Batch.of(IDS, strings=["a", "b"]), "3 rows and the strings of 2"),
+        (lambda: BATCH.rows([3]), r"rows \[3\]\n  found: 3 rows\n  fix: give a list of row numbers, or one bool"),
+        (lambda: BATCH.rows([0.5]), r"rows \[0.5\]"),
+        (lambda: BATCH.rows([True, False]), r"rows \[True, False\]"),
+        (lambda: MODEL.run(BATCH.rows([])), "a batch without rows"),
+        (lambda: MODEL.run("a b"), r"found: a str\n  fix: make a batch with model.tokenize"),
+        (lambda: MODEL.run(BATCH, edits=Edit("z", Zero())), "give a list of Edit"),
     ],
 )
 def test_batches_that_make_no_sense_are_refused(make, text):
     with pytest.raises(SettingError, match=text):
         make()
+
+
+def test_rows_are_chosen_by_number_or_by_one_bool_each():
+    batch = Batch.of(IDS, strings=["abcdef", "ghijkl", "mnopqr"])
+    for chosen in ([0, 2], [0, -1], torch.tensor([0, 2]), range(0, 3, 2), [True, False, True]):
+        part = batch.rows(chosen)
+        assert torch.equal(part.tokens, IDS[[0, 2]])
+        assert part.example.tolist() == [0, 2]
+        assert part.strings == (tuple("abcdef"), tuple("mnopqr"))
 
 
 def test_columns_are_where_positions_stand():

@@ -104,6 +104,25 @@ def test_a_right_padded_batch_cannot_be_continued(model):
         model.generate(families.ragged("right"))
 
 
+@pytest.mark.parametrize("model", [families.hooked("gpt2"), plain_model(PlainConfig(d_vocab=61))], ids=["hf", "plain"])
+def test_learned_positions_run_out_with_an_error(model):
+    settings = {"max_new_tokens": 5, **({"eos_token_id": None} if model.info.backend == "hf" else {})}
+    assert model.generate(Batch.of(families.tokens(1, 60)), **settings).tokens.shape == (1, 65)
+    with pytest.raises(SettingError, match="a prompt of 65 tokens\n  found: the model has 64 positions"):
+        model.generate(Batch.of(families.tokens(1, 61)), **settings)
+
+
+def test_settings_that_the_batch_gives_are_refused():
+    batch = families.ragged("left")
+    for name in ("attention_mask", "return_dict_in_generate"):
+        with pytest.raises(SettingError, match=f"generate with {name}"):
+            families.hooked("gpt2").generate(batch, **{name: True})
+    plain = plain_model(PlainConfig(d_vocab=61))
+    with pytest.raises(SettingError, match=r"settings \['do_sample'\]"):
+        plain.generate(batch, do_sample=True)
+    assert plain.generate(batch, do_sample=False, max_new_tokens=1).tokens.shape == (3, 8)
+
+
 def test_an_encoder_does_not_generate():
     with pytest.raises(SettingError, match="an encoder does not generate"):
         families.hooked("bert").generate(families.ragged("left"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import sys
 from dataclasses import replace
 
@@ -24,11 +25,13 @@ from mechattr.models import (
     Batch,
     HookedHF,
     HookedModel,
+    PlainConfig,
     Rules,
     Zero,
     architectures,
     load,
     plain_copy,
+    plain_model,
 )
 from mechattr.models.architectures import FAMILIES, table
 from mechattr.models.load import bundled_path
@@ -67,6 +70,8 @@ def test_dtypes_and_backends(folder):
     assert load(hf, backend="plain", dtype="float32").info.dtype == "float32"
     assert load(hf.model, backend="plain").info.dtype == "float64"
     assert plain_copy(hf, "float32").info.dtype == "float32"
+    shared = plain_copy(hf).weight("blocks.0.mlp.W_out").data_ptr() == hf.weight("blocks.0.mlp.W_out").data_ptr()
+    assert not shared  # a copy stays what it is when the model is trained further
 
 
 def test_the_bundled_model_runs_on_both_backends():
@@ -120,6 +125,10 @@ def broken(folder, tmp_path, **files):
     return path
 
 
+def edited(folder, **fields):
+    return json.dumps({**json.loads((folder / "config.json").read_text()), **fields}).encode()
+
+
 def without_a_weight(folder):
     from safetensors.torch import load_file, save
 
@@ -136,6 +145,9 @@ def test_folders_that_cannot_be_used_say_why(folder, tmp_path):
         "no weights": ({"model": None}, "the weights of"),
         "torn weights": ({"model": (folder / "model.safetensors").read_bytes()[:500]}, "the weights of"),
         "one weight less": ({"model": without_a_weight(folder)}, "1 are missing, such as model.layers.1.mlp.down_proj"),
+        "no numbers": ({"config": edited(folder, num_hidden_layers="two")}, "Validation error"),
+        "other sizes": ({"config": edited(folder, hidden_size=32)}, "the weights of"),
+        "other activation": ({"config": edited(folder, hidden_act="zzz")}, "the weights of .*\n  found: 'zzz'"),
         "no tokenizer": ({"tokenizer": None, "tokenizer_config": None}, "give tokenizer=, a tokenizer object"),
     }
     for i, (files, text) in enumerate(cases.values()):
@@ -157,6 +169,11 @@ def test_settings_that_cannot_be_met_are_refused(folder):
         (lambda: load(folder, device="cuda:77"), SettingError, "device 'cuda:77'"),
         (lambda: load(model.model, dtype="float64"), SettingError, "dtype for a model that is loaded already"),
         (lambda: load(model, device="cpu"), SettingError, r"(?s)never converts or moves.*model.to\(...\)"),
+        (lambda: plain_copy(model, "float8"), SettingError, "dtype 'float8'"),
+        (lambda: plain_model(PlainConfig(), dtype="nn"), SettingError, "dtype 'nn'"),
+        (lambda: load(folder, backend=None), UnknownNameError, "backend None"),
+        (lambda: PlainConfig(n_kv_heads=0), SettingError, r"sizes \{'n_kv_heads': 0\}"),
+        (lambda: PlainConfig(positions="rotary", d_head=3), SettingError, "d_head=3\n  found: it is odd"),
         (lambda: load(folder, backend="jax"), UnknownNameError, "backend 'jax'"),
         (lambda: load(folder, backend="nnsight"), BackendError, "use backend='hf' or 'plain'"),
         (lambda: load(folder, attention="nothing"), SettingError, "(?s)attention='nothing'.*use 'eager'"),
@@ -178,6 +195,8 @@ def test_families_that_do_not_go_through_the_tap_are_refused():
     ):
         with pytest.raises(UnsupportedModelError, match=text):
             HookedHF(tf.GPT2LMHeadModel(tf.GPT2Config(n_embd=8, n_head=2, n_layer=1, **{option: True})).eval())
+    with pytest.raises(UnsupportedModelError, match="a hooked Linear\n  found: it has no config"):
+        load(torch.nn.Linear(2, 2))
     with pytest.raises(UnsupportedModelError, match=r"load the \.\.\.ForCausalLM class"):
         HookedHF(tf.GPT2Model(tf.GPT2Config(n_embd=8, n_head=2, n_layer=1)).eval())
 

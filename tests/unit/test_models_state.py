@@ -56,6 +56,10 @@ def test_an_exception_at_any_site_leaves_nothing_behind(family, attention):
         with pytest.raises(Stop):
             model.run(batch, metric=families.probe, gradients=short, visit=stop)
         assert state(model.model) == before, short
+    if not model.info.encoder:
+        with pytest.raises(Stop):
+            model.generate(families.ragged("left"), edits=[Edit("z", stop, positions="generated")], max_new_tokens=3)
+        calls.clear()
     with pytest.raises(Stop):
         model.run(batch, metric=stop)
     with pytest.raises(Stop):
@@ -148,7 +152,7 @@ def test_wrapping_copies_no_weight():
 def test_train_mode_is_refused():
     model, batch = HookedHF(families.model("gpt2")), Batch.of(families.tokens())
     model.model.train()
-    for call in (lambda: model.run(batch), lambda: model.generate(batch)):
+    for call in (lambda: model.run(batch), lambda: model.generate(batch), lambda: HookedHF(model.model)):
         with pytest.raises(ModelStateError, match=r"(?s)training mode.*fix: call model.eval\(\)"):
             call()
 
@@ -177,6 +181,10 @@ WRONG = [
     ({"metric": lambda logits, b: logits.sum()}, SettingError, r"it returned shape \(\)\n  fix: .* shape \(3,\)"),
     ({"start": Start(5, torch.zeros(3, 7, 24))}, SettingError, "a run from block 5\n  found: blocks 0 to 1"),
     ({"start": Start(1, torch.zeros(1, 7, 24))}, SettingError, r"a residual stream of shape \(1, 7, 24\)"),
+    ({"start": Start(1, torch.zeros(3, 7, 24).double())}, SettingError, "found: a residual stream in float64 on cpu"),
+    ({"metric": lambda logits, b: [0, 1, 2]}, SettingError, "it returned a list"),
+    ({"metric": "logit_difference"}, SettingError, "metric='logit_difference'\n  found: that is not callable"),
+    ({"metric": families.probe, "visit": stop}, SettingError, "no site whose gradient is asked for"),
     ({"rules": Rules(hold=frozenset({2}))}, SettingError, r"Rules\(hold=\[2\]\)\n  found: blocks 0 to 1"),
 ]
 
@@ -199,3 +207,6 @@ def test_wrong_tokens_are_refused():
         elsewhere.run(BATCH)
     with pytest.raises(SettingError, match=r"Rules\(norm='melted'\)"):
         Rules(norm="melted")
+    with pytest.raises(SettingError, match=r"Rules\(hold=3\)\n  found: no set of layers"):
+        Rules(hold=3)
+    assert Rules(hold={1, 0}) == Rules(hold=frozenset({0, 1}))

@@ -28,6 +28,10 @@ def test_tokens_are_those_of_the_tokenizer_without_a_second_bos():
     for texts in ("", [], ["a", ""]):
         with pytest.raises(SettingError, match="an empty list or an empty text"):
             model.tokenize(texts)
+    with pytest.raises(SettingError, match="found: a int\n  fix: give texts"):
+        model.tokenize([1, 2])
+    with pytest.raises(SettingError, match="the tokenizer has no chat template"):
+        model.tokenize("a", chat=True)
     with pytest.raises(SettingError, match="padding_side='top'"):
         model.tokenize("a", padding_side="top")
     with pytest.raises(SettingError, match="this model has no tokenizer"):

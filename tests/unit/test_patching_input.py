@@ -43,6 +43,8 @@ def message(error: pytest.ExceptionInfo[MechattrError]) -> str:
             UnknownNameError,
             "direction 'up' | no such direction | choose one of: denoising, noising",
         ),
+        ({"direction": None}, UnknownNameError, "direction None | no such direction"),
+        ({"source": {}}, SettingError, "source | a dict | give a Cache"),
         ({"positions": "each"}, UnknownNameError, "positions | 'each' | "),
         ({"sites": ()}, SettingError, "sites | an empty list | choose among q, k, v, z, mlp_post"),
         ({"sites": "zz"}, UnknownSiteError, "site 'zz' | no such site | did you mean 'z'"),
@@ -88,6 +90,9 @@ def test_tasks_that_cannot_be_used(method: Any) -> None:
         (Node("z", 2, 0, 0), SettingError, "layer 2: layers run from 0 to 1"),
         (Node("z", -1, 0, 0), SettingError, "layer -1: layers run from 0 to 1"),
         (Node("z", None, 0, 0), SettingError, "layer None: layers run from 0 to 1"),
+        (Node("z", "0", 0, 0), SettingError, "layer 0: layers run from 0 to 1"),
+        (Node("z", 0, 0, 0.5), SettingError, "head 0.5: head runs from 0 to 1"),
+        (Node("z", 0, 0, True), SettingError, "head True: head runs from 0 to 1"),
         (Node("embed", 0, 0), SettingError, "layer 0: embed exists once in the model"),
         (Node("z", 0, 0, 2), SettingError, "head 2: head runs from 0 to 1"),
         (Node("z", 0, 0), SettingError, "head None: head runs from 0 to 1"),
@@ -109,6 +114,20 @@ def test_nodes_that_do_not_exist(node: Any, kind: type, text: str) -> None:
     with pytest.raises(kind) as error:
         ma.activation_patching(MODEL, TASK, nodes=[node])
     assert text in message(error)
+
+
+def test_one_node_and_an_iterator_of_nodes_are_lists_of_nodes() -> None:
+    node = Node("z", 0, 1, 0)
+    expected = ma.activation_patching(MODEL, TASK, nodes=[node])
+    assert_same(ma.activation_patching(MODEL, TASK, nodes=node), expected, 0)
+    assert_same(ma.activation_patching(MODEL, TASK, nodes=iter([node])), expected, 0)
+
+
+def test_a_recording_in_another_dtype_is_cast() -> None:
+    exact = record(MODEL, TASK.corrupt, ("z",))
+    narrow = ma.Cache.from_tensors({name: x.values.float() for name, x in exact.items()})
+    found = ma.activation_patching(MODEL, TASK, sites=("z",), source=narrow)
+    assert_same(found, ma.activation_patching(MODEL, TASK, sites=("z",), source=exact), 1e-4)  # float32 rounding
 
 
 def test_lists_of_nodes_that_cannot_be_used() -> None:

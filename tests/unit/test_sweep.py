@@ -66,6 +66,15 @@ def test_a_journal_cut_off_at_any_byte_is_resumed(tmp_path: Path) -> None:
         assert cut.read_bytes() == text
 
 
+@pytest.mark.parametrize("damage", (b'{"values": [1.0]}', b'{"chunk": 0, "values": "abc"}', b"{}", b"[]"))
+def test_a_line_that_is_no_chunk_is_computed_again(tmp_path: Path, damage: bytes) -> None:
+    path = tmp_path / "journal"
+    run(double, path)
+    header, _, *rest = path.read_bytes().split(b"\n")
+    path.write_bytes(b"\n".join([header, damage, *rest]))
+    assert run(double, path) == run(never, path) == run(double, None)
+
+
 @pytest.mark.parametrize(
     ("content", "found"),
     (

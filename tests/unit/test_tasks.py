@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import random
 from collections import Counter
 from pathlib import Path
@@ -14,7 +16,14 @@ from transformers import PreTrainedTokenizerFast
 
 import mechattr as ma
 from mechattr import tasks
-from mechattr.errors import AlignmentError, EmptyTaskError, SettingError, UnknownNameError, UnknownTaskError
+from mechattr.errors import (
+    AlignmentError,
+    EmptyTaskError,
+    SettingError,
+    UnknownNameError,
+    UnknownTaskError,
+    UnsupportedFeatureError,
+)
 from mechattr.models.base import Batch
 from mechattr.models.plain import HookedPlain, plain_model
 from mechattr.models.plain_config import PlainConfig
@@ -157,6 +166,31 @@ def test_hash_sees_tokens_answers_metric_and_spans(model: HookedPlain) -> None:
     assert len(digests) == 6
 
 
+def test_rows_may_be_chosen_by_one_bool_each(model: HookedPlain) -> None:
+    task = tasks.ioi(model, n=4)
+    chosen = task.rows(torch.tensor([False, True, False, True]))
+    assert chosen.clean.example.tolist() == [1, 3]
+    assert chosen.hash() == task.rows([1, 3]).hash()
+    with pytest.raises(SettingError, match=r"rows \[4\]\n  found: 4 rows"):
+        task.rows([4])
+
+
+def test_encoders_and_numbers_that_are_none_are_refused(model: HookedPlain) -> None:
+    ids = Batch.of(torch.arange(20)[None] % 8 + 2)
+    encoder = copy.copy(model)
+    encoder.info = dataclasses.replace(model.info, encoder=True)
+    for make in (tasks.ioi, tasks.induction, lambda m, n: tasks.resampled(m, ids, n=n)):
+        with pytest.raises(UnsupportedFeatureError, match="an encoder, which predicts no next tokens"):
+            make(encoder, n=2)
+    for name, value in (("batch_size", 0), ("changed", "2"), ("length", 9.5)):
+        with pytest.raises(SettingError, match=f"{name}={value!r}\n  found: not a positive whole number"):
+            tasks.resampled(model, ids, n=2, **{name: value})
+    with pytest.raises(SettingError, match="block='x'"):
+        tasks.induction(model, n=2, block="x")
+    with pytest.raises(UnknownNameError, match="metric None"):
+        tasks.induction(model, n=2, metric=None)
+
+
 def test_rows_keep_their_pair_so_the_metric_stays_right(model: HookedPlain) -> None:
     task = tasks.subject_verb(model, n=6)
     whole = task.metric(model.run(task.clean).logits, task.clean)
@@ -178,7 +212,11 @@ def test_positions_are_comparable_only_where_they_mean_the_same(model: HookedPla
         mixed.positions("aligned")
     assert list(mixed.positions("named")) == ["IO", "S1", "S1+1", "S2", "END"]
     assert mixed.positions("all")["all"][0] == (0, int(mixed.clean.lengths[0]))
-    one = tasks.ioi(model, n=6, template=2)
+    both = tasks.ioi(model, n=6, template=2)  # one length, but IO and S1 change places
+    assert len(set(both.clean.lengths.tolist())) == 1 and not both.aligned
+    with pytest.raises(AlignmentError, match="of 2 template\\(s\\) with their spans"):
+        both.positions("aligned")
+    one = tasks.ioi(model, n=6, template=2, order="ABBA")
     assert one.aligned
     assert one.positions("aligned")["3"] == ((3, 4),) * 6
     with pytest.raises(UnknownNameError, match="did you mean 'named'"):
