@@ -78,7 +78,9 @@ def schedule(run: Run) -> str:
         f"{rate.steps} steps{f' of the {rate.over}' if rate.over else ''} from {rate.first:g} to {rate.last:g}"
         for rate in run.rates
     )
-    return "\n".join([*lines, "", f"Learning rate, linear in each stretch: {rates}."])
+    mean = " and ".join(map(str, run.averaged))
+    kept = f" The model is the mean of the parameters after steps {mean}." if len(run.averaged) > 1 else ""
+    return "\n".join([*lines, "", f"Learning rate, linear in each stretch: {rates}.{kept}"])
 
 
 def card(folder: Path, minutes: int) -> str:

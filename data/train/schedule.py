@@ -109,10 +109,17 @@ class Rate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """What is trained on, and at which learning rate: two rows of stretches, of equal length in all."""
+    """What is trained on, and at which learning rate: two rows of stretches, of equal length in all.
+
+    Attributes:
+        phases: mixtures.
+        rates: learning rates.
+        averaged: the steps (the last one among them) after which the parameters are kept; the model is their mean.
+    """
 
     phases: Sequence[Phase]
     rates: Sequence[Rate]
+    averaged: Sequence[int]
 
     @property
     def steps(self) -> int:
@@ -161,6 +168,7 @@ RUNS = {
             Rate(steps=2000, first=1e-3, last=0.0),
             Rate(steps=1200, first=8e-4, last=0.0),
         ),
+        averaged=(16000, 17200),
     ),
     "prose": Run(
         phases=(Phase(steps=4400, rows=16, length=128, kinds=PROSE),),
@@ -170,5 +178,6 @@ RUNS = {
             Rate(steps=300, first=3e-3, last=0.0, over=2140),
             Rate(steps=800, first=2.5e-3, last=0.0),
         ),
+        averaged=(4400,),
     ),
 }

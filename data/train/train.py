@@ -10,12 +10,13 @@ bytes as a run that was never stopped (on the same machine with the same number 
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from data.train import corpus, model, tokenizer
@@ -58,7 +59,7 @@ def restore(path: Path, params: model.Parameters, optimiser: Optimiser) -> int:
         return int(json.loads(file.metadata()["step"]))
 
 
-def train(mixture: Mixture, config: model.Config, run: Run, out: Path, *, stop: int | None = None) -> model.Parameters:
+def train(mixture: Mixture, config: model.Config, run: Run, out: Path, *, stop: int | None = None) -> None:
     """Train from the checkpoint in `out` (or from the start) to the end of the run, or up to step `stop`."""
     params = model.initial(config, mixture.seed)
     optimiser = Optimiser(params)
@@ -86,7 +87,16 @@ def train(mixture: Mixture, config: model.Config, run: Run, out: Path, *, stop: 
             save(checkpoint, params, optimiser, step)
             model.export(params, config, out / "model")
             tokenizer.save(mixture.tokenizer, out / "model", config.n_positions)
-    return params
+        if step in run.averaged:
+            model.export(params, config, out / f"step-{step}")
+    if step == run.steps:
+        model.export(mean([out / f"step-{kept}" for kept in run.averaged]), config, out / "model")
+
+
+def mean(folders: Sequence[Path]) -> model.Parameters:
+    """The mean of the parameters of several exported models."""
+    models = [load_file(folder / "model.safetensors") for folder in folders]
+    return {name: torch.stack([each[name] for each in models]).mean(0) for name in models[0]}
 
 
 def main() -> None:

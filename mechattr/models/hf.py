@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -47,6 +48,7 @@ class HookedHF:
             )
         self.model, self.tokenizer = model, tokenizer
         self._weight_hash = weights.Hasher()
+        self._lock, self._thread = threading.Lock(), -1
         self.config = model.config
         family_name, family = family_of(self.config)
         c = self.config
@@ -169,7 +171,7 @@ class HookedHF:
         )
 
     def _forward(self, batch: Batch, taps: Taps) -> Tensor:
-        with tapping(self._anatomy, taps, self.config, padded_float64=self._padded_float64(batch)):
+        with self._tapping(batch, taps):
             arguments: dict[str, Any] = {} if self.info.encoder else {"use_cache": False}
             logits: Tensor = self.model(
                 input_ids=batch.tokens,
@@ -222,8 +224,7 @@ class HookedHF:
             keys = keys.repeat_interleave(len(ids) // len(batch), 0)
             taps.frame = Frame(batch.lengths, keys[:, seen:], keys)
 
-        opened = tapping(self._anatomy, taps, self.config, padded_float64=self._padded_float64(batch))
-        with ExitStack() as stack, torch.no_grad(), opened:
+        with ExitStack() as stack, torch.no_grad(), self._tapping(batch, taps):
             stack.callback(self.model.register_forward_pre_hook(locate_columns, with_kwargs=True).remove)
             settings = {"pad_token_id": self._pad_id(), **kwargs}
             tokens = self.model.generate(batch.tokens, attention_mask=batch.mask.long(), **settings)
@@ -233,8 +234,20 @@ class HookedHF:
         )
         return Generation(tokens, start, tuple(texts))
 
-    def _padded_float64(self, batch: Batch) -> bool:
-        return batch.padded and self.model.dtype == torch.float64
+    @contextmanager
+    def _tapping(self, batch: Batch, taps: Taps) -> Iterator[None]:
+        """One run at a time: hooks are on the modules, where a run of another thread, or one inside an edit, would meet
+        them."""
+        here = threading.get_ident()
+        if self._thread == here:
+            raise ModelStateError("a run inside a run", "an edit runs the model that it edits", "record beforehand")
+        padded = batch.padded and self.model.dtype == torch.float64
+        with self._lock, tapping(self._anatomy, taps, self.config, padded_float64=padded):
+            self._thread = here
+            try:
+                yield
+            finally:
+                self._thread = -1
 
     def _pad_id(self) -> int:
         ids = (getattr(self.tokenizer, n, None) for n in ("pad_token_id", "eos_token_id"))

@@ -12,25 +12,17 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional as F
 
 from mechattr.errors import MismatchError, SettingError, UnknownNameError, nearest
 from mechattr.models import tokenize as text
 from mechattr.models.base import Batch, Generation, Metric, ModelInfo, Run, Start, Visit, check_batch
 from mechattr.models.edits import Edit, Frame
 from mechattr.models.load import dtype_of
-from mechattr.models.plain_config import PlainConfig, random_weights, shapes, site_names
+from mechattr.models.plain_config import ACTIVATIONS, PlainConfig, random_weights, shapes, site_names
 from mechattr.models.rules import Rules
 from mechattr.models.taps import Taps, execute, plan_edits
 from mechattr.models.weights import Hasher
 from mechattr.sites import expand, site_spec
-
-ACTIVATIONS = {
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-    "silu": F.silu,
-    "relu": F.relu,
-    "identity": lambda x: x,
-}
 
 
 class HookedPlain:

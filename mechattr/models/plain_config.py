@@ -7,14 +7,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from mechattr.errors import SettingError, nearest
 from mechattr.sites import SITES
 
+ACTIVATIONS = {
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "relu": F.relu,
+    "identity": lambda x: x,
+}
+
 CHOICES = {
     "norm": ("layer", "rms", "none"),
     "positions": ("learned", "rotary", "none"),
-    "activation": ("gelu_new", "silu", "relu", "identity"),
+    "activation": tuple(ACTIVATIONS),
     "attention": ("softmax", "uniform"),
 }
 

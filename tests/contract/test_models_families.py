@@ -121,8 +121,8 @@ def test_an_edit_that_changes_nothing_changes_no_bit(family):
         inside = short in ("attn_scores", "pattern")
         plain = model.run(batch, record=[short] if inside else []).logits  # the same attention path
         itself = model.run(batch, record=[short]).activations
-        for edit in (Edit(short, lambda x, place: x), Edit(short, Set(itself)), Edit(short, Set(itself), positions=[0])):
-            edited = model.run(batch, edits=[edit]).logits
+        for op, positions in ((lambda x, place: x, None), (Set(itself), None), (Set(itself), [0])):
+            edited = model.run(batch, edits=[Edit(short, op, positions=positions)]).logits
             if short == "result":
                 same(edited[batch.mask], plain[batch.mask], 1e-5)  # the sum over heads is taken in another order
             else:

@@ -100,6 +100,27 @@ def test_two_models_with_one_config_run_in_two_threads():
                 assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
+def test_runs_of_one_model_in_two_threads_wait_for_each_other():
+    model, batch = families.hooked("llama"), Batch.of(families.tokens())
+    edits = ([], [Edit("z", Scale(0.0))])
+    alone = [model.run(batch, edits=edit).logits for edit in edits]
+
+    def work(i: int) -> bool:
+        return all(torch.equal(model.run(batch, edits=edits[i]).logits, alone[i]) for _ in range(30))
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(work, (0, 1))) == [True, True]
+
+
+def test_a_run_inside_an_edit_of_the_same_model_is_refused():
+    model, batch = families.hooked("gpt2"), Batch.of(families.tokens())
+    before = model.run(batch).logits
+    with pytest.raises(ModelStateError, match="an edit runs the model that it edits"):
+        model.run(batch, edits=[Edit("z", lambda x, place: model.run(batch) and x)])
+    assert torch.equal(model.run(batch).logits, before)
+    model.run(batch, metric=lambda logits, rows: model.run(rows, metric=families.probe).metric)  # the run is over
+
+
 def live() -> int:
     return sum(issubclass(type(x), torch.Tensor) for x in gc.get_objects())
 

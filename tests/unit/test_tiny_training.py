@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
+from torch.testing import assert_close
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the scripts in data/ are not part of the package
@@ -33,6 +34,7 @@ RUN = Run(
         Phase(steps=12, rows=8, length=16, kinds=KINDS, span=(3, 5)),
     ),
     rates=(Rate(steps=5, first=0.0, last=5e-3), Rate(steps=15, first=5e-3, last=0.0)),
+    averaged=(9, 20),
 )
 
 
@@ -64,10 +66,20 @@ def test_a_resumed_run_equals_an_uninterrupted_one(mixture: Mixture, config: mod
     train.train(mixture, config, RUN, tmp_path / "whole")
     train.train(mixture, config, RUN, tmp_path / "parts", stop=11)
     train.train(mixture, config, RUN, tmp_path / "parts")
-    whole = load_file(tmp_path / "whole" / "checkpoint.safetensors")
-    parts = load_file(tmp_path / "parts" / "checkpoint.safetensors")
-    assert whole.keys() == parts.keys()
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    for file in ("checkpoint.safetensors", "model/model.safetensors"):
+        whole, parts = load_file(tmp_path / "whole" / file), load_file(tmp_path / "parts" / file)
+        assert whole.keys() == parts.keys()
+        assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_the_model_is_the_mean_of_the_kept_steps(mixture: Mixture, config: model.Config, tmp_path: Path) -> None:
+    train.train(mixture, config, RUN, tmp_path)
+    early, late, final = (
+        load_file(tmp_path / name / "model.safetensors")["transformer.wte.weight"]
+        for name in ("step-9", "step-20", "model")
+    )
+    assert not torch.equal(early, late)
+    assert_close(final, (early + late) / 2, rtol=1e-6, atol=1e-8)  # one rounding in float32
 
 
 def test_a_run_resumed_without_its_optimiser_state_differs(
@@ -76,11 +88,12 @@ def test_a_run_resumed_without_its_optimiser_state_differs(
     def without_state(path: Path, params: model.Parameters, optimiser: Optimiser) -> int:
         return train_restore(path, params, Optimiser(params))
 
-    whole = train.train(mixture, config, RUN, tmp_path / "whole")
+    train.train(mixture, config, RUN, tmp_path / "whole")
     train.train(mixture, config, RUN, tmp_path / "parts", stop=11)
     train_restore = train.restore
     monkeypatch.setattr(train, "restore", without_state)
-    parts = train.train(mixture, config, RUN, tmp_path / "parts")
+    train.train(mixture, config, RUN, tmp_path / "parts")
+    whole, parts = (load_file(tmp_path / name / "model/model.safetensors") for name in ("whole", "parts"))
     assert not all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
