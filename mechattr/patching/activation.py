@@ -35,6 +35,7 @@ from mechattr.patching.places import (
     base_and_source,
     chunks,
     direction_of,
+    mode_of,
     node_sites,
     per_node,
     places_of,
@@ -76,7 +77,8 @@ def activation_patching(
         nodes: measure these nodes only, such as `attribution.top(50)`; `sites` and `positions` then follow from them.
         direction: `"noising"` puts corrupt activations into the clean run, `"denoising"` clean ones into the corrupt
             run.
-        positions: `"aligned"` (each position, the default), `"named"` (spans) or `"all"` (merged).
+        positions: `"aligned"` (each position), `"named"` (spans) or `"all"` (merged); by default each position where
+            the pairs align, else the spans that the task names in every pair.
         source: activations of $x'$ for all pairs, recorded earlier, instead of a run of those prompts. Their metric is
             then not measured: `clean_metric` or `corrupt_metric` is `None`.
         batch_size: rows of a forward pass, about 4096 tokens' worth unless given; it halves itself when memory runs
@@ -110,7 +112,7 @@ def activation_patching(
     if nodes is not None:
         table, mode = table_of(model, task, nodes, positions)
     else:
-        mode = "aligned" if positions is None else positions
+        mode = mode_of(task, positions)
         table = every_node(model, node_sites(model, sites), places_of(task, mode))
     base, other = base_and_source(task, way)
     there = source_of(model, other, task.metric, table.names, source)

@@ -32,6 +32,7 @@ from mechattr.patching.places import (
     Positions,
     base_and_source,
     direction_of,
+    mode_of,
     node_axes,
     node_sites,
     per_node,
@@ -79,7 +80,8 @@ def attribution_patching(
         variant: `"atp"`.
         direction: `"noising"` puts corrupt activations into the clean run, `"denoising"` clean ones into the corrupt
             run.
-        positions: `"aligned"` (each position, the default), `"named"` (spans) or `"all"` (merged).
+        positions: `"aligned"` (each position), `"named"` (spans) or `"all"` (merged); by default each position where
+            the pairs align, else the spans that the task names in every pair.
         rules: another backward pass, such as `Rules(norm="frozen")`.
         source: activations of $x'$ for all pairs, recorded earlier, instead of a run of those prompts. Their metric is
             then not measured: `clean_metric` or `corrupt_metric` is `None`.
@@ -112,7 +114,7 @@ def attribution_patching(
         raise EmptyTaskError("attribution patching", "a task without pairs", "give at least one pair")
     way = direction_of(direction)
     shorts = node_sites(model, sites)
-    mode: Positions = "aligned" if positions is None else positions
+    mode = mode_of(task, positions)
     places = places_of(task, mode)
     halving = Halving(rows_at_once(batch_size, PAIRS_AT_ONCE))
     base, other = base_and_source(task, way)

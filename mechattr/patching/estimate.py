@@ -20,6 +20,7 @@ from mechattr.patching.places import (
     base_and_source,
     direction_of,
     feature_of,
+    mode_of,
     node_sites,
     places_of,
     rows_at_once,
@@ -169,7 +170,7 @@ def _nodes(
     if nodes is not None:
         table, _ = table_of(model, task, nodes, positions)
         return table.names, Counter({layer: len(table.of_layer(layer)) for layer in table.layers})
-    places = max(1, len(places_of(task, positions).labels))
+    places = max(1, len(places_of(task, mode_of(task, positions)).labels))
     taken = [name for short in node_sites(model, sites) for name in taken_at(model, short)]
     counts: Counter[int | None] = Counter()
     for name in taken:

@@ -61,12 +61,30 @@ class Places:
         return torch.einsum("btc,bc...->bt...", self.where.to(x.dtype), x)
 
 
-def places_of(task: Task, positions: Positions | None) -> Places:
+def mode_of(task: Task, positions: Positions | None) -> Positions:
+    """What positions mean for a task: as asked, or by default what its pairs have in common.
+
+    The default is every position where all pairs align, else the spans that the task names in every pair. Prompts that
+    share nothing but their end give no default: then the caller has to choose.
+
+    Raises:
+        AlignmentError: no default.
+    """
+    if positions is not None:
+        return positions
+    shared = set.intersection(*(set(spans) for spans in task.spans)) if task.spans else set()
+    if not task.aligned and shared - {"END"}:
+        return "named"
+    task.positions("aligned")  # says what does not align, and what to choose
+    return "aligned"
+
+
+def places_of(task: Task, positions: Positions) -> Places:
     """The comparable positions of a task.
 
     Args:
         task: prompt pairs.
-        positions: `"aligned"` (every position; the default), `"named"` (the task's spans) or `"all"` (merged).
+        positions: `"aligned"` (every position), `"named"` (the task's spans) or `"all"` (merged).
 
     Raises:
         AlignmentError: positions are not comparable across the pairs, or the two prompts of a pair are padded
@@ -79,7 +97,7 @@ def places_of(task: Task, positions: Positions | None) -> Places:
             "clean and corrupt prompts with different lengths or padding",
             "build the task with ma.tasks.from_pairs, which checks each pair",
         )
-    spans = task.positions("aligned" if positions is None else positions)
+    spans = task.positions(positions)
     columns = task.clean.positions
     masks = []
     for pairs in spans.values():
@@ -89,7 +107,7 @@ def places_of(task: Task, positions: Positions | None) -> Places:
     labels: tuple[int | str, ...] = tuple(spans)
     if positions == "all":
         labels = ()
-    elif positions in (None, "aligned"):
+    elif positions == "aligned":
         labels = tuple(range(len(spans)))
     return Places(labels, torch.stack(masks, 1))
 

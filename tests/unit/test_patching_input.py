@@ -69,10 +69,13 @@ def test_an_unknown_variant() -> None:
 
 @METHODS
 def test_tasks_that_cannot_be_used(method: Any) -> None:
-    unequal = pairs_task(MODEL, (4, 6))
+    named = pairs_task(MODEL, (4, 6))
+    unequal = replace(named, spans=tuple({"END": spans["END"]} for spans in named.spans))
     with pytest.raises(AlignmentError) as error:
         method(MODEL, unequal)
     assert "prompts of 4 to 6 tokens" in message(error) and "positions='named'" in message(error)
+    with pytest.raises(AlignmentError) as error:
+        method(MODEL, named, positions="aligned")  # asked for by name, it is not replaced by anything
     moved = replace(TASK, clean=repadded(TASK, "left").clean, corrupt=repadded(TASK, "right").corrupt)
     with pytest.raises(AlignmentError) as error:
         method(MODEL, moved, positions="all")
@@ -82,6 +85,16 @@ def test_tasks_that_cannot_be_used(method: Any) -> None:
     with pytest.raises(EmptyTaskError) as error:
         method(MODEL, empty)
     assert "a task without pairs | give at least one pair" in message(error)
+
+
+@METHODS
+def test_positions_by_default(method: Any) -> None:
+    """Every position where pairs align, else the spans that they name."""
+    unequal = pairs_task(MODEL, (4, 6))
+    chosen = method(MODEL, unequal)
+    assert chosen.settings["positions"] == "named"
+    assert chosen.scores["z"].coords["pos"] == tuple(unequal.positions("named"))
+    assert method(MODEL, TASK).settings["positions"] == "aligned"
 
 
 @pytest.mark.parametrize(
