@@ -1,7 +1,7 @@
 # Python 3.11 or newer and make are enough: each target makes its own set-up in .venv.
 #   make demo     find the components behind a behaviour of the bundled model, and write a report
 #   make test     linters, types, import contract, and the tests at their smallest useful sizes
-#   make verify   the same at full size, with notebooks and a short run of the benchmarks
+#   make verify   the same at full size, with notebooks, circuits and a short run of the benchmarks
 #   make bench    measurements against peers, written to benchmarks/results
 #   make clean    remove what these made
 PYTHON ?= python3
@@ -26,6 +26,8 @@ test: check
 verify: check
 	$(BIN)/python -m pytest -q -m "slow or not slow" --timeout 1800 --hypothesis-profile full
 	$(BIN)/python -m pytest -q --nbmake --timeout 900 notebooks
+	$(BIN)/python -m circuits.ioi
+	$(BIN)/python -m circuits.induction
 	$(BIN)/python -m benchmarks --smoke
 
 bench: $(INSTALLED)

@@ -4,6 +4,11 @@
 after the last occurrence, and the measured effect of that head on predicting the repeated token. Known from larger
 models (Olsson et al. 2022, In-context Learning and Induction Heads): induction heads in later layers read what
 previous-token heads in earlier layers wrote.
+
+The second table follows the strongest heads: where does each look from the end, and which earlier head brought the
+target there? In the bundled model the scores of the first table are low and the effects large: its first layer brings
+each pair of neighbouring tokens to one later position, and second-layer heads find that position by its content. A
+search for the usual attention pattern would miss these heads; patching does not.
 """
 
 from __future__ import annotations
@@ -42,12 +47,32 @@ def head_scores(model: Any, task: Any) -> pd.DataFrame:
     return pd.DataFrame(rows).sort_values("effect", key=abs, ascending=False, ignore_index=True)
 
 
+def relays(model: Any, task: Any, heads: list[str]) -> pd.DataFrame:
+    """For each head: the position that it looks at from the end, and the earlier head that looks at the target there."""
+    patterns = model.run(task.clean, record="pattern").activations
+    mean = [patterns["pattern", layer].values.mean(0) for layer in range(model.info.n_layers)]  # [head, query, key]
+    (end, _), (target, _) = (task.spans[0][name] for name in ("END", "TARGET"))
+    rows = []
+    for head in heads:
+        layer, index = (int(part) for part in head[1:].split("H"))
+        seen = mean[layer][index, end]
+        key = int(seen.argmax())
+        row: dict[str, Any] = {"head": head, "looks at": key, "weight": float(seen[key])}
+        below = [(float(mean[i][h, key, target]), f"L{i}H{h}") for i in range(layer) for h in range(model.info.n_heads)]
+        if below:
+            row["target brought there by"], row["its weight"] = max(below)[::-1]
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
 def main(name: str = "tiny") -> None:
     """Prints the table for a model."""
     model = ma.load(name)
     task = ma.tasks.induction(model, n=32, seed=0)
     print(f"{task}: accuracy {ma.accuracy(model, task):.2f} of pairs prefer the repeated token to the foil")
-    print(head_scores(model, task).head(12).round(3).to_string(index=False))
+    scores = head_scores(model, task)
+    print(scores.head(12).round(3).to_string(index=False))
+    print(relays(model, task, list(scores["head"][:5])).round(3).to_string(index=False, na_rep=""))
 
 
 if __name__ == "__main__":

@@ -59,6 +59,9 @@ class Localisation:
         """The answer in one sentence."""
         return summary.sentence(self.results)
 
+    def __repr__(self) -> str:
+        return f"Localisation({self.summary!r}, report {str(self.report_path)!r})"
+
     def table(self, k: int = 20) -> list[dict[str, Any]]:
         """The k strongest verified components, a dict a row; see `mechattr.report.tables.rows`."""
         return tables.rows(self.results, k)
