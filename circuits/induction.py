@@ -48,7 +48,7 @@ def head_scores(model: Any, task: Any) -> pd.DataFrame:
 
 
 def relays(model: Any, task: Any, heads: list[str]) -> pd.DataFrame:
-    """For each head: the position it looks at from the end, and the earlier head that looks at the target from there."""
+    """For each head: where it looks from the end, and the earlier head that looks at the target from there."""
     patterns = model.run(task.clean, record="pattern").activations
     mean = [patterns["pattern", layer].values.mean(0) for layer in range(model.info.n_layers)]  # [head, query, key]
     (end, _), (target, _) = (task.spans[0][name] for name in ("END", "TARGET"))
