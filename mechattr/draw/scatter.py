@@ -137,7 +137,8 @@ def _ticks(ax: Axes, name: str, bound: float, decade: float) -> None:
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     exponents = range(round(math.log10(decade)), math.floor(math.log10(1.6 * bound)) + 1)
-    decades = [10.0**e for e in exponents]
+    every = 1 if len(exponents) <= 4 else 2  # from the largest down
+    decades = [10.0**e for e in exponents[::-1][::every]][::-1]
     axis = ax.xaxis if name == "x" else ax.yaxis
     axis.set_major_locator(FixedLocator([-d for d in reversed(decades)] + [0.0] + decades))
     axis.set_minor_locator(NullLocator())
