@@ -147,7 +147,11 @@ def models(
     if as_json:
         _echo_json(rows)
     else:
-        Console().print(_table("Model families", rows))
+        console = Console(soft_wrap=True)
+        console.print(_table("Model families", [{k: v for k, v in row.items() if k != "verified"} for row in rows]))
+        for checks in dict.fromkeys(row["verified"] for row in rows):  # a column of its own would be most of the table
+            families = ", ".join(row["family"] for row in rows if row["verified"] == checks)
+            console.print(f"verified of {families}: {checks}", markup=False, highlight=False)
 
 
 @app.command()
@@ -209,7 +213,7 @@ def _table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     for name in rows[0] if rows else ():
         values = [row[name] for row in rows]
         numeric = all(isinstance(value, int | float | None) for value in values)
-        table.add_column(name, justify="right" if numeric else "left")
+        table.add_column(name, justify="right" if numeric else "left", overflow="fold")
         decimals = _decimals([value for value in values if isinstance(value, float) and math.isfinite(value)])
         columns.append([escape(_cell(value, decimals)) for value in values])
     for cells in zip(*columns, strict=True):
