@@ -27,7 +27,7 @@ def main() -> None:
     jobs = [
         lambda: recording.measure("S", 3 if smoke else 41),
         lambda: attribution.measure("S", 3 if smoke else 41),
-        lambda: sweep.measure(1 if smoke else 9),
+        lambda: sweep.measure(3 if smoke else 9),
     ]
     if not smoke:
         jobs += [lambda: recording.measure("M", 31), lambda: attribution.measure("M", 31)]
