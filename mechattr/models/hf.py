@@ -20,8 +20,8 @@ from mechattr.models.edits import Edit, Frame
 from mechattr.models.hf_hooks import tapping
 from mechattr.models.rules import Rules
 from mechattr.models.selfcheck import selfcheck
-from mechattr.models.taps import Taps, execute, plan_edits
-from mechattr.sites import expand, site_spec
+from mechattr.models.taps import Taps, execute, plan_edits, supported
+from mechattr.sites import site_spec
 
 
 class HookedHF:
@@ -101,12 +101,7 @@ class HookedHF:
 
     def supports(self, feature: Any) -> bool:
         """Whether a site name (short or full), an edit operator or a `Rules` value can be used."""
-        if isinstance(feature, str):
-            try:
-                return bool(expand(feature, self._sites))
-            except KeyError:
-                return False
-        return isinstance(feature, Rules) or callable(feature)
+        return supported(feature, self._sites)
 
     def weight(self, name: str) -> Tensor:
         """A weight by its standard name (see `mechattr.models.weights`), as a view where the layout allows it.

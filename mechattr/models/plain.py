@@ -20,9 +20,9 @@ from mechattr.models.edits import Edit, Frame
 from mechattr.models.load import dtype_of
 from mechattr.models.plain_config import ACTIVATIONS, PlainConfig, random_weights, shapes, site_names
 from mechattr.models.rules import Rules
-from mechattr.models.taps import Taps, execute, plan_edits
+from mechattr.models.taps import Taps, execute, plan_edits, supported
 from mechattr.models.weights import Hasher
-from mechattr.sites import expand, site_spec
+from mechattr.sites import site_spec
 
 
 class HookedPlain:
@@ -80,12 +80,7 @@ class HookedPlain:
 
     def supports(self, feature: Any) -> bool:
         """Whether a site name, an edit operator or a `Rules` value can be used."""
-        if isinstance(feature, str):
-            try:
-                return bool(expand(feature, self._sites))
-            except KeyError:
-                return False
-        return isinstance(feature, Rules) or callable(feature)
+        return supported(feature, self._sites)
 
     def weight(self, name: str) -> Tensor:
         """A weight by its standard name.

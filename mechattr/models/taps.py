@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mechattr.artifact import Cache
-from mechattr.errors import NonFiniteError, SettingError, UnsupportedFeatureError
+from mechattr.errors import NonFiniteError, SettingError, UnknownSiteError, UnsupportedFeatureError
 from mechattr.models.base import Batch, Metric, ModelInfo, Run, Start, Visit
 from mechattr.models.edits import Edit, Frame, apply, validate
 from mechattr.models.rules import Rules
@@ -81,6 +81,16 @@ class Taps:
         if name in self.held:
             x = x.detach()
         return x
+
+
+def supported(feature: Any, sites: Sequence[str]) -> bool:
+    """Whether a site name (short or full) is among `sites`, or a value is an edit operator or a `Rules`."""
+    if not isinstance(feature, str):
+        return isinstance(feature, Rules) or callable(feature)
+    try:
+        return bool(expand(feature, sites))
+    except UnknownSiteError:
+        return False
 
 
 def plan_edits(edits: Sequence[Edit], sites: Sequence[str], info: ModelInfo, lengths: Tensor) -> dict[str, list[Edit]]:
