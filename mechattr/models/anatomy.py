@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from mechattr.errors import UnsupportedModelError
+from mechattr.errors import UnknownNameError, UnsupportedFeatureError, UnsupportedModelError, nearest
 from mechattr.models.architectures import Family
-from mechattr.models.norms import is_norm
+from mechattr.models.norms import Norm, is_norm, norm_of
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -34,6 +34,26 @@ class Anatomy:
     configured: tuple[nn.Module, ...]
     n_heads: int
     n_kv_heads: int
+
+    def norm(self, name: str) -> Norm | None:
+        """The norm through which attention (`"blocks.0.ln1"`), the MLP (`"blocks.0.ln2"`) or the unembedding
+        (`"ln_final"`) reads the residual stream; `None` where it is read as it is.
+
+        Raises:
+            UnknownNameError: no such norm.
+            UnsupportedFeatureError: a post-norm encoder, whose norms act on the stream itself.
+        """
+        if self.family.post_norm:
+            raise UnsupportedFeatureError(
+                f"the norm {name}", "a post-norm encoder normalises the stream itself", "use a decoder"
+            )
+        names: dict[str, nn.Module | None] = {"ln_final": self.ends.get("final")}
+        for layer, parts in enumerate(self.parts):
+            names |= {f"blocks.{layer}.{ln}": parts.get(ln) for ln in ("ln1", "ln2")}
+        if name not in names:
+            raise UnknownNameError(f"norm {name!r}", "this model has no such norm", nearest(name, names))
+        module = names[name]
+        return None if module is None else norm_of(module)
 
 
 PARTS = ("ln1", "attn", "o", "attn_out", "ln2", "gate", "up", "down", "mlp_out", "q", "k", "v", "qkv")

@@ -18,6 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from mechattr.models.base import AttentionForm
 from mechattr.models.taps import Taps
 
 ATTRIBUTE = "_mechattr_tap"  # on an attention module for the time of one run
@@ -52,6 +53,19 @@ class AttentionTap:
         name = self.prefix + short
         return self.taps(name, x) if self.taps.wants(name) else x
 
+    def note(
+        self,
+        d_head: int,
+        scaling: float | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        **_: Any,
+    ) -> None:
+        """Keeps how this call turns q.k into scores."""
+        scale = d_head**-0.5 if scaling is None else float(scaling)
+        sinks = None if s_aux is None else s_aux.detach().flatten()
+        self.taps.forms[int(self.prefix.split(".")[1])] = AttentionForm(scale, softcap, sinks)
+
     @property
     def inside(self) -> bool:
         """Whether scores or pattern are wanted, which no fused kernel shows."""
@@ -76,6 +90,7 @@ def _tapped(implementation: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
             if tap.plain_qk:
                 query, key = tap.heads("q", query), tap.heads("k", key)
             query, key, value = tap.heads("rot_q", query), tap.heads("rot_k", key), tap.heads("v", value)
+            tap.note(query.shape[-1], **kwargs)
             if tap.inside:
                 return _explicit(tap, query, key, value, attention_mask, **kwargs)
         return _native(module, implementation)(module, query, key, value, attention_mask, **kwargs)

@@ -20,7 +20,9 @@ from mechattr.errors import SettingError
 
 if TYPE_CHECKING:
     from mechattr.models.edits import Edit
+    from mechattr.models.norms import Norm
     from mechattr.models.rules import Rules
+    from mechattr.models.tape import Tape
 
 # Metrics are per example and never reduced: `metric(logits, batch) -> one number a row`.
 Metric = Callable[[Tensor, "Batch"], Tensor]
@@ -31,7 +33,8 @@ class ModelInfo:
     """What a method needs to know of a model without touching its weights.
 
     `norm` is `"layer"`, `"rms"` or `"none"`; `parallel` says that attention and MLP read the same residual stream,
-    `post_norm` that norms act on the stream after each addition (BERT), `gated` that the MLP has a linear second input.
+    `post_norm` that norms act on the stream after each addition (BERT), `write_norm` that a norm acts on what attention
+    and MLP write before it is added (Gemma-2), `gated` that the MLP has a linear second input.
     """
 
     name: str
@@ -48,6 +51,7 @@ class ModelInfo:
     norm: str
     parallel: bool = False
     post_norm: bool = False
+    write_norm: bool = False
     encoder: bool = False
     rotary: bool = False
     gated: bool = False
@@ -182,6 +186,21 @@ class Start:
     resid_pre: Float[Tensor, "batch pos d_model"]
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class AttentionForm:
+    """What a block's attention does between q.k and its pattern; the mask is not part of it.
+
+    Attributes:
+        scaling: factor of q.k.
+        softcap: scores are softcap * tanh(score / softcap), where there is one.
+        sinks: one more logit for each head, which takes mass in the softmax and gives no value.
+    """
+
+    scaling: float
+    softcap: float | None = None
+    sinks: Float[Tensor, " head"] | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class Run:
     """What one run returned. `activations` and `gradients` hold what was named, nothing else."""
@@ -224,6 +243,15 @@ class HookedModel(Protocol):
         """A weight under its standard name and orientation, such as `"blocks.0.attn.W_O"` [head, d_head, d_model]."""
         ...
 
+    def norm(self, name: str) -> Norm | None:
+        """The norm through which a block's attention (`"blocks.0.ln1"`), its MLP (`"blocks.0.ln2"`) or the unembedding
+        (`"ln_final"`) reads the residual stream; `None` where it is read as it is."""
+        ...
+
+    def attention(self, layer: int) -> AttentionForm:
+        """How a block's attention turns q.k into scores."""
+        ...
+
     def tokenize(self, texts: str | Sequence[str], *, chat: bool = False, padding_side: str = "right") -> Batch:
         """Texts -> padded batch, with the tokenizer's own special tokens and no second BOS."""
         ...
@@ -241,6 +269,20 @@ class HookedModel(Protocol):
         visit: Visit | None = None,
     ) -> Run:
         """One forward pass and, if gradients are asked for, one backward pass."""
+        ...
+
+    def tape(
+        self,
+        batch: Batch,
+        *,
+        metric: Metric,
+        gradients: str | Sequence[str],
+        record: str | Sequence[str] = (),
+        edits: Sequence[Edit] = (),
+        rules: Rules | None = None,
+        start: Start | None = None,
+    ) -> Tape:
+        """One forward pass that keeps its graph, for any number of backward passes."""
         ...
 
     def generate(self, batch: Batch, *, edits: Sequence[Edit] = (), **kwargs: Any) -> Generation:

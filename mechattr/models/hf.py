@@ -15,16 +15,17 @@ from mechattr.models import tokenize as text
 from mechattr.models import weights
 from mechattr.models.anatomy import locate
 from mechattr.models.architectures import family_of, full_sites
-from mechattr.models.base import Batch, Generation, Metric, ModelInfo, Run, Start, Visit, check_batch, check_room
+from mechattr.models.base import AttentionForm, Batch, Generation, ModelInfo, check_batch, check_room
 from mechattr.models.edits import Edit, Frame
 from mechattr.models.hf_hooks import tapping
-from mechattr.models.rules import Rules
+from mechattr.models.norms import Norm, is_norm
+from mechattr.models.running import Running
 from mechattr.models.selfcheck import selfcheck
-from mechattr.models.taps import Taps, execute, plan_edits, supported
-from mechattr.sites import site_spec
+from mechattr.models.taps import Taps, plan_edits, supported
+from mechattr.sites import expand, site_spec
 
 
-class HookedHF:
+class HookedHF(Running):
     """A transformers model behind the `HookedModel` protocol.
 
     Args:
@@ -49,6 +50,7 @@ class HookedHF:
         self.model, self.tokenizer = model, tokenizer
         self._weight_hash = weights.Hasher()
         self._lock, self._thread = threading.Lock(), -1
+        self._forms: dict[int, AttentionForm] | None = None
         self.config = model.config
         family_name, family = family_of(self.config)
         c = self.config
@@ -73,6 +75,7 @@ class HookedHF:
             norm="rms" if family.norm.startswith("rms") else "layer",
             parallel=parallel,
             post_norm=family.post_norm,
+            write_norm=not family.post_norm and is_norm(parts["attn_out"]),
             encoder=family.encoder,
             rotary=family.rotary,
             gated="up" in parts or family.fused == "blocks",
@@ -126,44 +129,34 @@ class HookedHF:
             "tokenizer_hash": text.tokenizer_hash(self.tokenizer),
         }
 
-    def run(
-        self,
-        batch: Batch,
-        *,
-        record: str | Sequence[str] = (),
-        edits: Sequence[Edit] = (),
-        metric: Metric | None = None,
-        gradients: str | Sequence[str] = (),
-        rules: Rules | None = None,
-        start: Start | None = None,
-        visit: Visit | None = None,
-    ) -> Run:
-        """One forward pass and, if gradients are asked for, one backward pass.
+    def norm(self, name: str) -> Norm | None:
+        """The norm through which a part reads the residual stream; see `HookedModel.norm`.
 
-        Args:
-            batch: token rows.
-            record: sites to keep.
-            edits: applied in order, before a site is recorded.
-            metric: `metric(logits, batch)`, one number a row.
-            gradients: sites whose gradient of the metric is returned.
-            rules: how the backward pass treats norms and block writes.
-            start: begin at a block with a given residual stream; the blocks below do not run.
-            visit: called with (site, activation, gradient) during the backward pass, which then keeps no gradient.
+        Raises:
+            UnknownNameError: no such norm.
+            UnsupportedFeatureError: a post-norm encoder, whose norms act on the stream itself.
         """
-        self._check(batch)
-        return execute(
-            lambda taps: self._forward(batch, taps),
-            self.info,
-            self._sites,
-            batch,
-            record=record,
-            edits=edits,
-            metric=metric,
-            gradients=gradients,
-            rules=rules,
-            start=start,
-            visit=visit,
-        )
+        return self._anatomy.norm(name)
+
+    def attention(self, layer: int) -> AttentionForm:
+        """How a block's attention turns q.k into scores, as seen in a run of one token.
+
+        Raises:
+            SettingError: no such block.
+        """
+        if layer not in range(self.info.n_layers):
+            found = f"blocks 0 to {self.info.n_layers - 1}"
+            raise SettingError(f"the attention of block {layer}", found, "name an existing block")
+        if self._forms is None:
+            one = Batch.of(torch.zeros(1, 1, dtype=torch.long, device=self.model.device))
+            taps = Taps(
+                Frame(one.lengths, one.positions, one.positions), record=frozenset(expand("rot_q", self._sites))
+            )
+            taps.axes = {name: site_spec(name).axes for name in taps.names}
+            with torch.no_grad():
+                self._forward(one, taps)
+            self._forms = taps.forms
+        return self._forms[layer]
 
     def _forward(self, batch: Batch, taps: Taps) -> Tensor:
         with self._tapping(batch, taps):

@@ -2,11 +2,50 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Norm:
+    """y = c / s * weight + bias with s = sqrt(mean(c^2) + eps): a LayerNorm if `centred` (c = x - mean(x)), else RMS.
+
+    Everything is computed in float32 or wider.
+    """
+
+    centred: bool
+    weight: Float[Tensor, " d_model"]
+    bias: Float[Tensor, " d_model"] | None
+    eps: float
+
+    def centre(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
+        """c."""
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        return x - x.mean(-1, keepdim=True) if self.centred else x
+
+    def scale(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "..."]:
+        """s."""
+        return (self.centre(x).pow(2).mean(-1) + self.eps).sqrt()
+
+    def __call__(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
+        """y."""
+        y = self.centre(x) / self.scale(x)[..., None] * self.weight
+        return y if self.bias is None else y + self.bias
+
+
+def norm_of(module: nn.Module) -> Norm:
+    """A norm module as a function of its own: detached from the module, with the module's present weights."""
+    bias: Tensor | None = getattr(module, "bias", None)
+    return Norm(
+        isinstance(module, nn.LayerNorm),
+        norm_weight(module).detach(),
+        None if bias is None else bias.detach(),
+        _eps(module),
+    )
 
 
 def is_norm(module: nn.Module) -> bool:

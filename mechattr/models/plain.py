@@ -15,17 +15,18 @@ from torch import Tensor
 
 from mechattr.errors import MismatchError, SettingError, UnknownNameError, nearest
 from mechattr.models import tokenize as text
-from mechattr.models.base import Batch, Generation, Metric, ModelInfo, Run, Start, Visit, check_batch
+from mechattr.models.base import AttentionForm, Batch, Generation, ModelInfo, check_batch
 from mechattr.models.edits import Edit, Frame
 from mechattr.models.load import dtype_of
+from mechattr.models.norms import Norm
 from mechattr.models.plain_config import ACTIVATIONS, PlainConfig, random_weights, shapes, site_names
-from mechattr.models.rules import Rules
-from mechattr.models.taps import Taps, execute, plan_edits, supported
+from mechattr.models.running import Running
+from mechattr.models.taps import Taps, plan_edits, supported
 from mechattr.models.weights import Hasher
 from mechattr.sites import site_spec
 
 
-class HookedPlain:
+class HookedPlain(Running):
     """A plain transformer with named weights.
 
     Args:
@@ -107,33 +108,30 @@ class HookedPlain:
             "tokenizer_hash": text.tokenizer_hash(self.tokenizer),
         }
 
-    def run(
-        self,
-        batch: Batch,
-        *,
-        record: str | Sequence[str] = (),
-        edits: Sequence[Edit] = (),
-        metric: Metric | None = None,
-        gradients: str | Sequence[str] = (),
-        rules: Rules | None = None,
-        start: Start | None = None,
-        visit: Visit | None = None,
-    ) -> Run:
-        """One forward pass and, if gradients are asked for, one backward pass; see `HookedModel.run`."""
-        check_batch(batch, self.info, self.device)
-        return execute(
-            lambda taps: self._forward(batch, taps),
-            self.info,
-            self._sites,
-            batch,
-            record=record,
-            edits=edits,
-            metric=metric,
-            gradients=gradients,
-            rules=rules,
-            start=start,
-            visit=visit,
-        )
+    def norm(self, name: str) -> Norm | None:
+        """The norm through which a part reads the residual stream; `None` in a network without norms.
+
+        Raises:
+            UnknownNameError: no such norm.
+        """
+        known = ["ln_final", *(f"blocks.{i}.{ln}" for i in range(self.config.n_layers) for ln in ("ln1", "ln2"))]
+        if name not in known:
+            raise UnknownNameError(f"norm {name!r}", "this model has no such norm", nearest(name, known))
+        if f"{name}.w" not in self._weights:
+            return None
+        bias = self._weights.get(f"{name}.b")
+        return Norm(self.config.norm == "layer", self._weights[f"{name}.w"], bias, self.config.eps)
+
+    def attention(self, layer: int) -> AttentionForm:
+        """How a block's attention turns q.k into scores.
+
+        Raises:
+            SettingError: no such block.
+        """
+        if layer not in range(self.config.n_layers):
+            found = f"blocks 0 to {self.config.n_layers - 1}"
+            raise SettingError(f"the attention of block {layer}", found, "name an existing block")
+        return AttentionForm(self.config.d_head**-0.5)
 
     def generate(self, batch: Batch, *, edits: Sequence[Edit] = (), **kwargs: Any) -> Generation:
         """Greedy continuation by `max_new_tokens`, recomputing the whole prompt at each step.
@@ -171,6 +169,9 @@ class HookedPlain:
         return Generation(tokens, batch.tokens.shape[1], texts)
 
     # -- the network
+
+    def _check(self, batch: Batch) -> None:
+        check_batch(batch, self.info, self.device)
 
     def _forward(self, batch: Batch, taps: Taps) -> Tensor:
         c, w = self.config, self._weights

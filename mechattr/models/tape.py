@@ -1,0 +1,255 @@
+"""One run of a network: its forward pass with all checks, and as many backward passes over its graph as are wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechattr.artifact import Cache
+from mechattr.errors import (
+    ModelStateError,
+    NonFiniteError,
+    SettingError,
+    UnknownNameError,
+    UnsupportedFeatureError,
+    nearest,
+)
+from mechattr.models.base import Batch, Metric, ModelInfo, Run, Start, Visit
+from mechattr.models.edits import Edit, Frame
+from mechattr.models.rules import Rules
+from mechattr.models.taps import Taps, plan_edits
+from mechattr.sites import expand, parse, site_spec
+
+
+@dataclass(eq=False, slots=True)
+class Tape:
+    """A forward pass that kept its graph.
+
+    Attributes:
+        logits: of every column.
+        metric: one number a row, if there was a metric.
+        activations: what was recorded, by full site name.
+    """
+
+    logits: Float[Tensor, "batch pos d_vocab"]
+    metric: Float[Tensor, " batch"] | None
+    activations: Mapping[str, Tensor]
+    _value: Tensor | None = field(repr=False)
+    _nodes: Mapping[str, Tensor] = field(repr=False)
+    _anchor: Tensor = field(repr=False)
+    _open: bool = field(default=True, repr=False)
+
+    def backward(self, visit: Visit, at: Mapping[str, Tensor] | None = None, *, last: bool = False) -> None:
+        """One backward pass: from the sum of the metric over rows, or from given gradients at some gradient sites.
+
+        Rows stay apart, because a row's metric depends on that row only. Each gradient site that the pass reaches is
+        handed over as `visit(site, activation, gradient)`, those named in `at` included, and nothing is kept; a site
+        without influence is not visited.
+
+        Args:
+            visit: what receives the gradients.
+            at: gradients by full site name. The pass starts there and goes down; contributions of sites that lie below
+                one another add up.
+            last: let the graph go afterwards.
+
+        Raises:
+            ModelStateError: the graph has been let go.
+            UnknownNameError: `at` names a site that is no gradient site of this run.
+        """
+        if not self._open:
+            raise ModelStateError("another backward pass", "the last one let the graph go", "leave out last=True")
+        unknown = sorted(set(at or {}) - set(self._nodes))
+        if unknown:
+            fix = nearest(unknown[0], self._nodes)
+            raise UnknownNameError(f"a backward pass from {unknown[0]}", "it is no gradient site of this run", fix)
+        self._open = not last
+        if at is None:
+            if self._value is None or not self._value.requires_grad:  # the metric does not depend on any site
+                return
+            roots, gradients = [self._value.sum()], None
+        else:
+            roots, gradients = [self._nodes[name] for name in at], list(at.values())
+        handles = [x.register_hook(partial(_hand_over, visit, name, x.detach())) for name, x in self._nodes.items()]
+        try:
+            torch.autograd.grad(roots, self._anchor, gradients, retain_graph=not last, allow_unused=True)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def gradients(self) -> dict[str, Tensor]:
+        """The gradient at every gradient site, zero where the metric does not depend on it; lets the graph go."""
+        if self._value is None or not self._value.requires_grad:
+            return {name: torch.zeros_like(x) for name, x in self._nodes.items()}
+        self._open = False
+        found = torch.autograd.grad(self._value.sum(), list(self._nodes.values()), allow_unused=True)
+        pairs = zip(self._nodes.items(), found, strict=True)
+        return {name: torch.zeros_like(x) if g is None else g for (name, x), g in pairs}
+
+
+def _hand_over(visit: Visit, name: str, activation: Tensor, gradient: Tensor) -> None:
+    visit(name, activation, gradient)
+
+
+def make_tape(
+    forward: Callable[[Taps], Tensor],
+    info: ModelInfo,
+    sites: Sequence[str],
+    batch: Batch,
+    *,
+    record: str | Sequence[str],
+    edits: Sequence[Edit],
+    metric: Metric | None,
+    gradients: str | Sequence[str],
+    rules: Rules | None,
+    start: Start | None,
+) -> Tape:
+    """Runs `forward(taps) -> logits` once; keeps its graph if gradients are asked for.
+
+    Raises:
+        UnknownSiteError: a site that the model does not have.
+        SettingError: gradients without a metric, a metric of another shape, an edit, rule or start that does not fit.
+        UnsupportedFeatureError: a site that did not fire, such as one below the start.
+        NonFiniteError: NaN or infinity at a real token, with the first site that has it.
+    """
+    wanted = frozenset(expand(gradients, sites))
+    if wanted and metric is None:
+        raise SettingError("gradients", "no metric to differentiate", "pass metric=task.metric or a function")
+    if metric is not None and not callable(metric):
+        raise SettingError(f"metric={metric!r}", "that is not callable", "pass metric=task.metric or a function")
+    _check_start(start, info, batch)
+    _check_hold(rules, info)
+    taps = Taps(
+        frame=Frame(batch.lengths, batch.positions, batch.positions),
+        edits=plan_edits(edits, sites, info, batch.lengths),
+        record=frozenset(expand(record, sites)),
+        gradients=wanted,
+        rules=rules or Rules(),
+        start=start,
+    )
+    _check_explicit_positions(edits, batch)
+    taps.axes = {name: site_spec(name).axes for name in taps.names}
+    with torch.enable_grad() if wanted else torch.no_grad():
+        logits = forward(taps)
+        _check_fired(taps)
+        _check_finite(logits, batch, forward, sites, taps)
+        value = None if metric is None else metric(logits, batch)
+        if metric is not None and (not isinstance(value, Tensor) or value.shape != (len(batch),)):
+            gave = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            raise SettingError("a metric", f"it returned {gave}", f"return one number a row, shape ({len(batch)},)")
+    nodes = {name: taps.nodes[name] for name in sites if name in taps.nodes}
+    detached = None if value is None else value.detach()
+    return Tape(logits.detach(), detached, taps.activations, value if wanted else None, nodes, taps.anchor)
+
+
+def execute(
+    forward: Callable[[Taps], Tensor],
+    info: ModelInfo,
+    sites: Sequence[str],
+    batch: Batch,
+    *,
+    record: str | Sequence[str],
+    edits: Sequence[Edit],
+    metric: Metric | None,
+    gradients: str | Sequence[str],
+    rules: Rules | None,
+    start: Start | None,
+    visit: Visit | None,
+) -> Run:
+    """One run: the forward pass of `make_tape` and, if gradients are asked for, one backward pass.
+
+    Raises:
+        SettingError: `visit` without gradients, and what `make_tape` refuses.
+    """
+    if visit is not None and not expand(gradients, sites):
+        raise SettingError("visit", "no site whose gradient is asked for", "name sites with gradients=")
+    tape = make_tape(
+        forward,
+        info,
+        sites,
+        batch,
+        record=record,
+        edits=edits,
+        metric=metric,
+        gradients=gradients,
+        rules=rules,
+        start=start,
+    )
+    found: dict[str, Tensor] = {}
+    if visit is not None:
+        tape.backward(visit, last=True)
+    else:
+        found = tape.gradients()
+    return Run(tape.logits, Cache.from_tensors(tape.activations), Cache.from_tensors(found), tape.metric)
+
+
+def _check_start(start: Start | None, info: ModelInfo, batch: Batch) -> None:
+    if start is None:
+        return
+    if not 0 <= start.layer < info.n_layers:
+        found = f"blocks 0 to {info.n_layers - 1}"
+        raise SettingError(f"a run from block {start.layer}", found, "name an existing block")
+    shape, wanted = tuple(start.resid_pre.shape), (*batch.tokens.shape, info.d_model)
+    if shape != wanted:
+        found = f"a residual stream of shape {shape}"
+        raise SettingError(f"a run from block {start.layer} with shape {wanted}", found, "give one row for each prompt")
+    kind, device = str(start.resid_pre.dtype).removeprefix("torch."), start.resid_pre.device
+    if (kind, device) != (info.dtype, batch.device):
+        found = f"a residual stream in {kind} on {device}"
+        asked = f"a run from block {start.layer} in {info.dtype} on {batch.device}"
+        raise SettingError(asked, found, "give a residual stream of this model")
+
+
+def _check_hold(rules: Rules | None, info: ModelInfo) -> None:
+    bad = sorted(layer for layer in (rules or Rules()).hold if not 0 <= layer < info.n_layers)
+    if bad:
+        raise SettingError(f"Rules(hold={bad})", f"blocks 0 to {info.n_layers - 1}", "name existing blocks")
+
+
+def _check_fired(taps: Taps) -> None:
+    silent = sorted(taps.names - taps.held - taps.fired)
+    if not silent:
+        return
+    found = f"it did not fire in this run ({len(silent)} silent)"
+    first = 0 if taps.start is None else taps.start.layer
+    below = [n for n in silent if taps.start is not None and ("embed" in n or (parse(n)[1] or 0) < first)]
+    if below:
+        fix = f"the run starts at block {first}: name sites from there on"
+        raise UnsupportedFeatureError(f"site {below[0]}", found, fix)
+    fix = "the model's own code does not pass through it; use another attention implementation or model class"
+    raise UnsupportedFeatureError(f"site {silent[0]}", found, fix)
+
+
+def _check_explicit_positions(edits: Sequence[Edit], batch: Batch) -> None:
+    for edit in edits:
+        somewhere = edit.rows is None or len(edit.rows)
+        if edit.positions is not None and not isinstance(edit.positions, str) and somewhere:
+            part = batch if edit.rows is None else batch.rows(edit.rows)
+            for position in edit.positions:
+                part.columns(position)
+
+
+def _check_finite(
+    logits: Tensor, batch: Batch, forward: Callable[[Taps], Tensor], sites: Sequence[str], taps: Taps
+) -> None:
+    if bool(torch.isfinite(logits.sum())) or bool(torch.isfinite(logits[batch.mask]).all()):
+        return
+    probe = Taps(frame=taps.frame, edits=taps.edits, record=frozenset(sites), start=taps.start)
+    probe.axes = {name: site_spec(name).axes for name in probe.names}
+    with torch.no_grad():
+        forward(probe)
+    for name in sites:
+        x = probe.activations.get(name)
+        if x is None or parse(name)[0] in ("attn_scores", "pattern"):  # masked scores are infinite by design
+            continue
+        if not bool(torch.isfinite(x[batch.mask]).all()):
+            raise NonFiniteError(
+                "a forward pass",
+                f"NaN or infinity, first at {name} (dtype {x.dtype})",
+                "use a wider dtype, such as bfloat16 or float32, or look at the edits that touch this site",
+            )
+    raise NonFiniteError("a forward pass", "NaN or infinity in the logits only", "use a wider dtype, such as float32")
