@@ -56,7 +56,7 @@ class Anatomy:
         return None if module is None else norm_of(module)
 
 
-PARTS = ("ln1", "attn", "o", "attn_out", "ln2", "gate", "up", "down", "mlp_out", "q", "k", "v", "qkv")
+PARTS = ("ln1", "attn", "o", "attn_out", "ln2", "gate", "up", "act", "down", "mlp_out", "q", "k", "v", "qkv")
 
 
 def locate(model: Any, family: Family, n_heads: int, n_kv_heads: int) -> Anatomy:

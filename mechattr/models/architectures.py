@@ -27,6 +27,7 @@ class Family:
         ln2: norm before the MLP (after it in a post-norm encoder).
         gate: the module whose output enters the activation function, `mlp_pre`.
         up: the linear second input of a gated MLP, `mlp_pre_linear`.
+        act: the MLP's activation function.
         down: the last projection of the MLP.
         mlp_out: the module whose output is added to the residual stream.
         final: the last norm.
@@ -50,6 +51,7 @@ class Family:
     ln2: str | None = "post_attention_layernorm"
     gate: str = "mlp.gate_proj"
     up: str | None = "mlp.up_proj"
+    act: str = "mlp.act_fn"
     down: str = "mlp.down_proj"
     mlp_out: str = "mlp"
     final: str | None = "norm"
@@ -102,6 +104,7 @@ FAMILIES: dict[str, Family] = {
         ln2="ln_2",
         gate="mlp.c_fc",
         up=None,
+        act="mlp.act",
         down="mlp.c_proj",
         final="ln_f",
         q=None,
@@ -124,6 +127,7 @@ FAMILIES: dict[str, Family] = {
         attn_out="attention",
         gate="mlp.dense_h_to_4h",
         up=None,
+        act="mlp.act",
         down="mlp.dense_4h_to_h",
         final="final_layer_norm",
         q=None,
@@ -135,7 +139,16 @@ FAMILIES: dict[str, Family] = {
     ),
     "gemma2": GEMMA,
     "gemma3_text": GEMMA,
-    "phi3": Family(gate="mlp.gate_up_proj", up=None, q=None, k=None, v=None, qkv="self_attn.qkv_proj", fused="blocks"),
+    "phi3": Family(
+        gate="mlp.gate_up_proj",
+        up=None,
+        act="mlp.activation_fn",
+        q=None,
+        k=None,
+        v=None,
+        qkv="self_attn.qkv_proj",
+        fused="blocks",
+    ),
     "olmo2": Family(ln1=None, attn_out="post_attention_layernorm", ln2=None, mlp_out="post_feedforward_layernorm"),
     "opt": Family(
         layers="decoder.layers",
@@ -146,6 +159,7 @@ FAMILIES: dict[str, Family] = {
         ln2="final_layer_norm",
         gate="fc1",
         up=None,
+        act="activation_fn",
         down="fc2",
         mlp_out="fc2",
         final="decoder.final_layer_norm",
@@ -163,6 +177,7 @@ FAMILIES: dict[str, Family] = {
         ln2="output.LayerNorm",
         gate="intermediate.dense",
         up=None,
+        act="intermediate.intermediate_act_fn",
         down="output.dense",
         mlp_out="output.dense",
         final=None,

@@ -19,6 +19,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mechattr.models.base import AttentionForm
+from mechattr.models.rules import attend, scaled
 from mechattr.models.taps import Taps
 
 ATTRIBUTE = "_mechattr_tap"  # on an attention module for the time of one run
@@ -68,8 +69,9 @@ class AttentionTap:
 
     @property
     def inside(self) -> bool:
-        """Whether scores or pattern are wanted, which no fused kernel shows."""
-        return self.taps.wants_any([self.prefix + "attn_scores", self.prefix + "pattern"])
+        """Whether scores or pattern are wanted, or a rule between them, which no fused kernel shows."""
+        wanted = self.taps.wants_any([self.prefix + "attn_scores", self.prefix + "pattern"])
+        return wanted or self.taps.rules.in_softmax
 
 
 def _native(module: nn.Module, implementation: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
@@ -91,6 +93,10 @@ def _tapped(implementation: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
                 query, key = tap.heads("q", query), tap.heads("k", key)
             query, key, value = tap.heads("rot_q", query), tap.heads("rot_k", key), tap.heads("v", value)
             tap.note(query.shape[-1], **kwargs)
+            rules = tap.taps.rules
+            query, key, value = (
+                scaled(x, f) for x, f in ((query, rules.qk_factor), (key, rules.qk_factor), (value, rules.v_factor))
+            )
             if tap.inside:
                 return _explicit(tap, query, key, value, attention_mask, **kwargs)
         return _native(module, implementation)(module, query, key, value, attention_mask, **kwargs)
@@ -122,7 +128,8 @@ def _explicit(
     if s_aux is not None:  # attention sinks: one more logit a head, which takes mass and gives no value
         sink = s_aux.reshape(1, -1, 1, 1).expand(len(scores), -1, scores.shape[2], 1)
         scores = torch.cat([scores, sink], -1)
-    pattern = torch.softmax(scores, -1, dtype=torch.float32 if tap.softmax_float32 else None).to(query.dtype)
+    dtype = torch.float32 if tap.softmax_float32 else None
+    pattern = attend(scores, lambda x: torch.softmax(x, -1, dtype=dtype).to(query.dtype), tap.taps.rules)
     if s_aux is not None:
         pattern = pattern[..., :-1]
     pattern = tap.whole("pattern", pattern)

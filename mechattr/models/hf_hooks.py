@@ -14,7 +14,7 @@ from mechattr.errors import UnsupportedFeatureError
 from mechattr.models.anatomy import Anatomy
 from mechattr.models.attention import ATTRIBUTE, NATIVE, AttentionTap, name_of
 from mechattr.models.norms import norm_scale, normalise
-from mechattr.models.rules import frozen_like
+from mechattr.models.rules import frozen_like, scaled, secant
 from mechattr.models.taps import Taps
 from mechattr.models.weights import w_o
 
@@ -85,7 +85,7 @@ class _Installer:
         if taps.wants(p + "hook_resid_post"):
             self.on_output(block, lambda _m, _a, x: self.tap(p + "hook_resid_post", x))
         inside = ["v", "rot_q", "rot_k", "attn_scores", "pattern"] + ["q", "k"] * self.anatomy.family.plain_qk
-        if not taps.wants_any([f"{p}attn.hook_{short}" for short in inside]):
+        if not taps.wants_any([f"{p}attn.hook_{short}" for short in inside]) and not taps.rules.in_attention:
             return False
         family = self.anatomy.family
         self.attribute(
@@ -139,6 +139,11 @@ class _Installer:
     def mlp(self, layer: int) -> None:
         taps, parts, p = self.taps, self.anatomy.parts[layer], f"blocks.{layer}."
         pre, linear = p + "mlp.hook_pre", p + "mlp.hook_pre_linear"
+        gated = "up" in parts or self.anatomy.family.fused == "blocks"
+        if taps.rules.activation == "secant":
+            self.on_output(parts["act"], lambda m, a, y: secant(m.forward, a[0], y))
+        if taps.rules.gate == "half" and gated:
+            self.on_input(parts["down"], lambda x: scaled(x, 0.5))
         if self.anatomy.family.fused == "blocks" and taps.wants_any([pre, linear]):
 
             def halves(_m: nn.Module, _a: Any, x: Tensor) -> Tensor:
@@ -239,10 +244,11 @@ class _Installer:
         """Gives this model's modules a copy of the config that names the tap; the config object itself may be shared
         with other models and is not touched."""
         native = config._attn_implementation
-        inside = any(name.endswith(("attn_scores", "hook_pattern")) for name in self.taps.names)
+        wanted = any(name.endswith(("attn_scores", "hook_pattern")) for name in self.taps.names)
+        inside = wanted or self.taps.rules.in_softmax
         if native not in NATIVE:
             raise UnsupportedFeatureError(
-                "attention sites (v, rot_q, rot_k, attn_scores, pattern)",
+                "attention sites (v, rot_q, rot_k, attn_scores, pattern) or rules of attention",
                 f"the model runs {native!r} attention",
                 "load it with attention='eager' or 'sdpa', or ask for sites outside attention",
             )

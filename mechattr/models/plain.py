@@ -20,6 +20,7 @@ from mechattr.models.edits import Edit, Frame
 from mechattr.models.load import dtype_of
 from mechattr.models.norms import Norm
 from mechattr.models.plain_config import ACTIVATIONS, PlainConfig, random_weights, shapes, site_names
+from mechattr.models.rules import attend, scaled, secant
 from mechattr.models.running import Running
 from mechattr.models.taps import Taps, plan_edits, supported
 from mechattr.models.weights import Hasher
@@ -197,12 +198,12 @@ class HookedPlain(Running):
         x = _tap(taps, p + "hook_resid_mid", x + _tap(taps, p + "hook_attn_out", written))
         if c.d_mlp:
             y = self._norm(p + "ln2.", p + "ln2.", x, taps)
-            act = ACTIVATIONS[c.activation]
+            act, gate = ACTIVATIONS[c.activation], "gate" if c.gated else "in"
+            pre = _tap(taps, p + "mlp.hook_pre", y @ w[f"{p}mlp.W_{gate}"] + w[f"{p}mlp.b_{gate}"])
+            post = secant(act, pre, act(pre)) if taps.rules.activation == "secant" else act(pre)
             if c.gated:
-                pre = _tap(taps, p + "mlp.hook_pre", y @ w[p + "mlp.W_gate"] + w[p + "mlp.b_gate"])
-                post = act(pre) * _tap(taps, p + "mlp.hook_pre_linear", y @ w[p + "mlp.W_in"] + w[p + "mlp.b_in"])
-            else:
-                post = act(_tap(taps, p + "mlp.hook_pre", y @ w[p + "mlp.W_in"] + w[p + "mlp.b_in"]))
+                post = post * _tap(taps, p + "mlp.hook_pre_linear", y @ w[p + "mlp.W_in"] + w[p + "mlp.b_in"])
+                post = scaled(post, 0.5) if taps.rules.gate == "half" else post
             written = _tap(taps, p + "mlp.hook_post", post) @ w[p + "mlp.W_out"] + w[p + "mlp.b_out"]
             x = x + _tap(taps, p + "hook_mlp_out", written)
         return _tap(taps, p + "hook_resid_post", x)
@@ -214,17 +215,18 @@ class HookedPlain(Running):
             return torch.einsum("bpm,hmd->bphd", y, w[f"{p}attn.W_{which}"]) + w[f"{p}attn.b_{which}"]
 
         groups = c.n_heads // c.n_kv_heads
-        v = _tap(taps, a + "v", project("V")).repeat_interleave(groups, 2)
+        v = scaled(_tap(taps, a + "v", project("V")), taps.rules.v_factor).repeat_interleave(groups, 2)
         if c.attention == "uniform":
             pattern = (seen / seen.sum(-1, keepdim=True).clamp(min=1)).to(y.dtype).expand(-1, c.n_heads, -1, -1)
         else:
             q, k = _tap(taps, a + "q", project("Q")), _tap(taps, a + "k", project("K"))
             if c.positions == "rotary":
                 q, k = _rotate(q, positions, c.rope_theta), _rotate(k, positions, c.rope_theta)
-            q, k = _tap(taps, a + "rot_q", q), _tap(taps, a + "rot_k", k).repeat_interleave(groups, 2)
+            q, k = (scaled(_tap(taps, a + n, x), taps.rules.qk_factor) for n, x in (("rot_q", q), ("rot_k", k)))
+            k = k.repeat_interleave(groups, 2)
             scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * c.d_head**-0.5
             scores = _tap(taps, a + "attn_scores", scores.masked_fill(~seen, torch.finfo(scores.dtype).min))
-            pattern = scores.softmax(-1)
+            pattern = attend(scores, lambda x: x.softmax(-1), taps.rules)
         pattern = _tap(taps, a + "pattern", pattern)
         z = _tap(taps, a + "z", torch.einsum("bhqk,bkhd->bqhd", pattern, v))
         if taps.wants(a + "result"):

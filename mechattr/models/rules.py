@@ -6,38 +6,124 @@ forgotten with it; nothing is patched on classes.
 
 from __future__ import annotations
 
+import math
 import operator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from mechattr.errors import SettingError, nearest
 
-NORMS = ("full", "frozen")
+WORDS = {
+    "norm": ("full", "frozen"),
+    "activation": ("full", "secant"),
+    "gate": ("full", "half"),
+    "pattern": ("full", "detached"),
+}
+NUMBERS = ("temperature", "qk_factor", "v_factor")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rules:
     """How a backward pass treats the non-linear parts of a network.
 
+    Every rule but `hold` acts between two sites, so that the gradient at a site is what flows on from there: at `rot_q`
+    it has the factor, at `pattern` and `mlp_post` it has not met a rule yet.
+
     Attributes:
         norm: `"full"` differentiates layer norms as they are; `"frozen"` holds each norm's scale at its value, so that
             a norm is linear (centring, weight and bias stay).
+        activation: `"secant"` passes an MLP's activation function a(z) as z times a(z)/z, held at its value, in place
+            of its slope. Where z is too small to divide by, a(z)/z is its limit from above.
+        gate: `"half"` halves what flows back into the product a(z) u of a gated MLP: each factor gets half of its
+            gradient. Without effect on MLPs that are not gated.
+        pattern: `"detached"` holds attention probabilities at their values; nothing flows back to queries and keys.
+        temperature: T of the softmax in the backward pass. With p_T = softmax(scores / T), the gradient g at the
+            pattern becomes p_T (g - sum(p_T g)) at the scores: that of a softmax at T, without its factor 1/T.
+        qk_factor: factor of the gradients that reach `rot_q` and `rot_k` from the scores.
+        v_factor: factor of the gradient that reaches `v`.
         hold: blocks whose writes to the residual stream (attention and MLP together) are held fixed while the skip path
             stays, as GradDrop does.
     """
 
     norm: str = "full"
+    activation: str = "full"
+    gate: str = "full"
+    pattern: str = "full"
+    temperature: float = 1.0
+    qk_factor: float = 1.0
+    v_factor: float = 1.0
     hold: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
-        if self.norm not in NORMS:
-            raise SettingError(f"Rules(norm={self.norm!r})", "no such rule", nearest(self.norm, NORMS))
+        for name, words in WORDS.items():
+            if getattr(self, name) not in words:
+                asked = f"Rules({name}={getattr(self, name)!r})"
+                raise SettingError(asked, "no such rule", nearest(str(getattr(self, name)), words))
+        for name in NUMBERS:
+            value: Any = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise SettingError(f"Rules({name}={value!r})", "no positive number", "1.0 leaves the gradient as it is")
+        if self.pattern == "detached" and (self.temperature, self.qk_factor) != (1.0, 1.0):
+            asked = "Rules(pattern='detached') with temperature or qk_factor"
+            raise SettingError(asked, "nothing flows back through a detached pattern", "choose one of the two")
         try:
             hold = frozenset(operator.index(layer) for layer in self.hold)
         except TypeError:
             raise SettingError(f"Rules(hold={self.hold!r})", "no set of layers", "give one, such as hold={3}") from None
         object.__setattr__(self, "hold", hold)
+
+    @classmethod
+    def relp(cls) -> Rules:
+        """Relevance patching: the network becomes linear at its activations, and loses no relevance outside biases.
+
+        Norms frozen, activations by their secant, the factors of a gate by halves, attention patterns detached. Without
+        biases, activation times gradient summed over the residual stream of any block is the metric, for a metric
+        that is linear in the logits. Costs one forward and one backward pass, as the plain gradient.
+
+        Read: the table of rules and the source that accompany the paper. That source adds 1e-6 to z before it divides,
+        where this takes a limit; its example of use leaves the attention rule out (`replace(Rules.relp(),
+        pattern="full")`).
+
+        References:
+            Rezaei Jafari, Eberle, Khakzar, Nanda (2025), RelP, arXiv 2508.21258.
+        """
+        return cls(norm="frozen", activation="secant", gate="half", pattern="detached")
+
+    @classmethod
+    def gim(cls) -> Rules:
+        """Gradient interaction modifications: against softmaxes that share the effect of a score among its neighbours.
+
+        Norms frozen, softmax at temperature 2 on the way back, gradients of queries and keys times 1/4, of values times
+        1/2, the factors of a gate by halves. Costs one forward and one backward pass.
+
+        Read: the abstract, and the authors' library. From the library are all numbers, the missing factor 1/T, and the
+        halved gate, which its first versions did not have (`replace(Rules.gim(), gate="full")`). The library scales
+        q and k on their way out of the hook it is given; here the sites `q`, `k`, `rot_q`, `rot_k`, `v` all show the
+        scaled gradient, as do edges into them.
+
+        References:
+            Edin et al. (2025), GIM, arXiv 2505.17630.
+        """
+        return cls(norm="frozen", gate="half", temperature=2.0, qk_factor=0.25, v_factor=0.5)
+
+    @property
+    def in_softmax(self) -> bool:
+        """Whether a rule acts between scores and pattern, which no fused kernel shows."""
+        return self.pattern != "full" or self.temperature != 1.0
+
+    @property
+    def in_attention(self) -> bool:
+        """Whether a rule acts between queries, keys and values on one side and z on the other."""
+        return self.in_softmax or self.qk_factor != 1.0 or self.v_factor != 1.0
+
+    def to_json(self) -> dict[str, Any]:
+        """What is not the default, such as `{"norm": "frozen", "hold": [3]}`; `Rules(**that)` is this value again."""
+        given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        return {name: sorted(value) if name == "hold" else value for name, value in given.items()}
 
 
 def frozen_like(exact: Tensor, linear: Tensor) -> Tensor:
@@ -46,3 +132,28 @@ def frozen_like(exact: Tensor, linear: Tensor) -> Tensor:
     `linear - linear.detach()` is exactly zero for finite values, and adding zero changes no bit but the sign of zero.
     """
     return exact.detach() + (linear - linear.detach())
+
+
+def scaled(x: Tensor, factor: float) -> Tensor:
+    """x, with its gradient times `factor`."""
+    return x if factor == 1.0 else frozen_like(x, factor * x)
+
+
+def secant(act: Callable[[Tensor], Tensor], z: Tensor, y: Tensor) -> Tensor:
+    """y = act(z), with the gradient of z times act(z)/z held fixed; below four times the smallest normal number the
+    quotient is that of this number."""
+    least = torch.full((), 4 * torch.finfo(z.dtype).tiny, dtype=z.dtype, device=z.device)
+    near = z.abs() < least
+    with torch.no_grad():
+        slope = torch.where(near, act(least) / least, y / torch.where(near, 1.0, z))
+    return frozen_like(y, z * slope)
+
+
+def attend(scores: Tensor, softmax: Callable[[Tensor], Tensor], rules: Rules) -> Tensor:
+    """softmax(scores), and what flows back from it."""
+    pattern = softmax(scores)
+    if rules.pattern == "detached":
+        return pattern.detach()
+    if rules.temperature != 1.0:
+        return frozen_like(pattern, rules.temperature * softmax(scores / rules.temperature))
+    return pattern

@@ -1,0 +1,44 @@
+"""What the tests of backward rules share: every rule alone, the presets, and combinations."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from mechattr.models import Batch, Rules
+
+RELP, GIM = Rules.relp(), Rules.gim()
+SINGLE = [
+    Rules(norm="frozen"), Rules(activation="secant"), Rules(gate="half"), Rules(pattern="detached"),
+    Rules(temperature=3.0), Rules(qk_factor=0.25), Rules(v_factor=0.5), Rules(hold={0}),
+]  # fmt: skip
+EVERY = [
+    RELP, GIM, *SINGLE, replace(RELP, hold=frozenset({1})), replace(GIM, activation="secant", hold=frozenset({0})),
+]  # fmt: skip
+
+
+def close(found: Tensor, wanted: Tensor, relative: float = 1e-10) -> None:
+    """Equal up to `relative` of the largest entry; the default is for sums in float64."""
+    torch.testing.assert_close(found, wanted, rtol=0, atol=relative * max(1.0, float(wanted.abs().max())))
+
+
+def real(x: Tensor, axes: tuple[str, ...], batch: Batch) -> Tensor:
+    """The values at real tokens."""
+    return (x.movedim(2, 1) if "query" in axes else x)[batch.mask]
+
+
+class Tempered(torch.autograd.Function):
+    """A softmax whose backward pass is written out."""
+
+    @staticmethod
+    def forward(ctx, scores, temperature, divided):
+        ctx.save_for_backward(torch.softmax(scores / temperature, -1))
+        ctx.factor = 1 / temperature if divided else 1.0
+        return torch.softmax(scores, -1)
+
+    @staticmethod
+    def backward(ctx, g):
+        (p,) = ctx.saved_tensors
+        return ctx.factor * p * (g - (p * g).sum(-1, keepdim=True)), None, None

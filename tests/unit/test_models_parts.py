@@ -1,0 +1,119 @@
+"""Norms and attention as functions: what the QK fix and methods of edges compute with outside the model."""
+
+from __future__ import annotations
+
+import families
+import pytest
+import torch
+
+from mechattr.errors import SettingError, UnknownNameError, UnsupportedFeatureError
+from mechattr.models import Batch, PlainConfig, plain_model
+
+
+def norm_inputs(model) -> dict[str, str]:
+    """Norm -> the site that it reads."""
+    middle = "hook_resid_pre" if model.info.parallel else "hook_resid_mid"
+    last = model.info.n_layers - 1
+    found = {f"blocks.{i}.ln1": f"blocks.{i}.hook_resid_pre" for i in range(last + 1)}
+    found |= {f"blocks.{i}.ln2": f"blocks.{i}.{middle}" for i in range(last + 1)}
+    return found | {"ln_final": f"blocks.{last}.hook_resid_post"}
+
+
+def assert_norms(model, tolerance: float, *, swapped: bool = False) -> None:
+    """Every norm, applied to what it reads, gives its recorded scale and output."""
+    seen = {n: x.values for n, x in model.run(families.ragged("left"), record=model.sites()).activations.items()}
+    mask = families.ragged("left").mask
+    for name, source in norm_inputs(model).items():
+        norm, x = model.norm(name), None
+        if f"{name}.hook_out" not in seen:
+            assert norm is None, name
+            continue
+        x = seen[source][mask]
+        norm = model.norm("ln_final" if swapped else name)
+        assert not norm.weight.requires_grad
+        torch.testing.assert_close(
+            norm.scale(x), seen[f"{name}.hook_scale"][mask].to(norm.scale(x)), rtol=tolerance, atol=0
+        )
+        y = seen[f"{name}.hook_out"][mask]
+        torch.testing.assert_close(norm(x), y.to(x), rtol=0, atol=tolerance * float(y.abs().max()))
+
+
+DECODERS = [family for family in families.FAMILIES if family != "bert"]
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_norms_are_what_the_modules_compute(family):
+    model = families.hooked(family)
+    assert_norms(model, 1e-5)  # float32
+    if family != "olmo2":  # there the final norm is the only one
+        with pytest.raises(AssertionError):  # control
+            assert_norms(model, 1e-5, swapped=True)
+
+
+@pytest.mark.parametrize("kind", ["gpt2_like", "llama_like", "attention_only", "linear"])
+def test_norms_of_plain_networks(kind):
+    assert_norms(plain_model(getattr(PlainConfig, kind)(d_vocab=61)), 1e-12)  # float64
+
+
+def test_norms_are_computed_in_float32_or_wider():
+    norm = families.hooked("gpt2").norm("ln_final")
+    assert norm(torch.randn(2, 24).bfloat16()).dtype == torch.float32
+    assert norm(torch.randn(2, 24).double()).dtype == torch.float64
+
+
+def test_unknown_norms_are_refused():
+    for model in (families.hooked("llama"), plain_model(PlainConfig())):
+        for name in ("blocks.7.ln1", "ln_finale", "blocks.0.ln3"):
+            with pytest.raises(
+                UnknownNameError, match=rf"norm '{name}'\n  found: this model has no such norm\n  fix: "
+            ):
+                model.norm(name)
+    with pytest.raises(
+        UnsupportedFeatureError, match=r"norm ln_final\n  found: a post-norm encoder normalises the stream itself"
+    ):
+        families.hooked("bert").norm("ln_final")
+
+
+def test_families_whose_writes_go_through_a_norm():
+    found = {family for family in families.FAMILIES if families.hooked(family).info.write_norm}
+    assert found == {"gemma2", "gemma3", "olmo2"}
+    assert not plain_model(PlainConfig()).info.write_norm
+
+
+def assert_attention(model, tolerance: float, **wrong: float) -> None:
+    """softmax(softcap(q.k s) + mask), with the sink if there is one, is the recorded pattern."""
+    batch = Batch.of(families.tokens())
+    seen = model.run(batch, record=("rot_q", "rot_k", "attn_scores", "pattern")).activations
+    for layer in range(model.info.n_layers):
+        form = model.attention(layer)
+        q, k = seen["rot_q", layer].values, seen["rot_k", layer].values
+        k = k.repeat_interleave(q.shape[2] // k.shape[2], 2)
+        scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * wrong.get("scaling", form.scaling)
+        cap = wrong.get("softcap", form.softcap)
+        scores = scores if cap is None else cap * torch.tanh(scores / cap)
+        recorded, pattern = seen["attn_scores", layer].values, seen["pattern", layer].values
+        masked = recorded < -1e30
+        close = {"rtol": 0, "atol": tolerance * float(recorded[~masked].abs().max())}
+        torch.testing.assert_close(scores[~masked], recorded[~masked], **close)
+        assert form.sinks is None
+        found = scores.masked_fill(masked, -torch.inf).softmax(-1)
+        torch.testing.assert_close(found, pattern, rtol=0, atol=10 * close["atol"])  # exp magnifies
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_attention_forms_reproduce_the_pattern(family):
+    model = families.hooked(family)
+    assert_attention(model, 1e-5)  # float32
+    wrong = {"scaling": 1.1 * model.attention(0).scaling}
+    for control in (wrong, *([{"softcap": 300.0}] if family == "gemma2" else [])):
+        with pytest.raises(AssertionError):
+            assert_attention(model, 1e-5, **control)
+
+
+def test_attention_forms_of_plain_networks_and_blocks_that_do_not_exist():
+    model = plain_model(PlainConfig.llama_like(d_vocab=61))
+    assert_attention(model, 1e-12)  # float64
+    for each in (model, families.hooked("gpt2")):
+        for layer in (-1, 2):
+            with pytest.raises(SettingError, match=rf"the attention of block {layer}\n  found: blocks 0 to 1"):
+                each.attention(layer)
