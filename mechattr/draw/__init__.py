@@ -1,25 +1,35 @@
 """Plot primitives on plain arrays; matplotlib is imported when something is drawn.
 
 Each figure answers one question: `head_map` which heads and MLPs matter, `position_map` where in the prompt, `scatter`
-whether the estimate is right, `tokens_html` which tokens. Signed values are blue where positive, red where negative and
-white exactly at 0; limits lie at the 99th percentile of |value|, and the clipped count is stated.
+whether the estimate is right, `discovery_curve` how fast the strongest nodes are found, `bound_curve` what may be
+missed, `circuit_graph` which edges, `faithfulness_curve` how faithful a circuit is, `tokens_html` which tokens. Signed
+values are blue where positive, red where negative and white exactly at 0; limits lie at the 99th percentile of
+|value|, and the clipped count is stated.
 """
 
+from mechattr.draw.curves import bound_curve, discovery_curve, faithfulness_curve
+from mechattr.draw.graph import circuit_graph, graph_size
 from mechattr.draw.heatmap import head_map, position_map
 from mechattr.draw.results import attribution
 from mechattr.draw.scatter import scatter, spearman
-from mechattr.draw.style import DPI, Limits, colours, limits, new_figure, save, style
+from mechattr.draw.style import DPI, Limits, colours, limits, new_figure, pyplot_axes, save, style
 from mechattr.draw.tokens import spell, tokens_html
 
 __all__ = [
     "DPI",
     "Limits",
     "attribution",
+    "bound_curve",
+    "circuit_graph",
     "colours",
+    "discovery_curve",
+    "faithfulness_curve",
+    "graph_size",
     "head_map",
     "limits",
     "new_figure",
     "position_map",
+    "pyplot_axes",
     "save",
     "scatter",
     "spearman",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from mechattr.labelled import Labelled
 
-    Values = np.ndarray | Tensor | Labelled | list[float]
+    Values = np.ndarray | Tensor | Labelled | Sequence[float]
 
 DPI = 150
 TICK_POINTS = 9.0
@@ -135,6 +135,14 @@ def new_figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def pyplot_axes(width: float, height: float) -> Axes:
+    """Axes in pyplot's new figure, in inches, which a notebook shows."""
+    import matplotlib.pyplot as plt
+
+    with style():
+        return plt.figure(figsize=(width, height), layout="constrained").add_subplot()
 
 
 def colour_bar(
