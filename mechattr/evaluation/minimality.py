@@ -1,0 +1,163 @@
+"""Whether a circuit needs each of its parts: what is lost when one of them is ablated too."""
+
+from __future__ import annotations
+
+import math
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, cast
+
+import torch
+from torch import Tensor
+
+from mechattr.artifact import Passes
+from mechattr.base import Artifact
+from mechattr.errors import EmptyTaskError, UnknownNameError, nearest
+from mechattr.evaluation.scale import check_draws, check_graph, ratio
+from mechattr.labelled import Labelled
+from mechattr.models.base import HookedModel
+from mechattr.patching.circuit import Circuit
+from mechattr.patching.edge_run import EdgeRun
+from mechattr.patching.settings import provenance_of, settings_of
+from mechattr.tasks.task import Task
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+UNITS = ("node", "edge")
+_SHOWN = 20  # rows of a table in a notebook
+
+
+class Minimality(Artifact):
+    """What each part of a circuit is worth to it.
+
+    `tensors` holds `drop` (f of the circuit minus f without the part) by name of the part, and `random`, the same of
+    random circuits with as many edges: axes draw and rank, largest first, NaN where a draw has fewer parts.
+    """
+
+    kind = "minimality"
+
+    @property
+    def passes(self) -> Passes:
+        """What the result cost, in prompt rows."""
+        return Passes(**cast(dict[str, float], self.settings["passes"]))
+
+    def to_pandas(self) -> pd.DataFrame:
+        """The parts, largest drop first: part, drop, and chance, the share of the random circuits' parts whose drop is
+        at least as large (NaN without random circuits)."""
+        import pandas as pd
+
+        drop, random = self.tensors["drop"], self.tensors["random"].values
+        known = random[~random.isnan()]
+        chance = [float((known >= x).double().mean()) if len(known) else math.nan for x in drop.values]
+        frame = pd.DataFrame({"part": list(drop.coords["part"]), "drop": drop.values.numpy(), "chance": chance})
+        return frame.sort_values("drop", ascending=False, kind="stable", ignore_index=True)
+
+    def _repr_html_(self) -> str:
+        table = self.to_pandas()
+        line = f"{len(table)} {self.settings['unit']}s of a circuit with f = {self.settings['faithfulness']:.3g}"
+        shown = table.head(_SHOWN).to_html(index=False, escape=True, na_rep="", float_format="{:.4g}".format)
+        more = f"<div>and {len(table) - _SHOWN:,} more</div>" if len(table) > _SHOWN else ""
+        return f"<div>{escape(line)}</div>{shown}{more}"
+
+
+def minimality(
+    model: HookedModel,
+    task: Task,
+    circuit: Circuit,
+    *,
+    unit: Literal["node", "edge"] = "node",
+    ablation: str = "resample",
+    random: int = 5,
+    seed: int = 0,
+    direction: str = "noising",
+    batch_size: int | None = None,
+    progress: bool | None = None,
+    resume: Path | None = None,
+) -> Minimality:
+    r"""Measures how much faithfulness a circuit loses with each of its parts.
+
+    $$\mathrm{drop}(p) = f(C) - f(C \setminus p)$$
+
+    with $f$ as `faithfulness` defines it. A part with a drop near zero is not needed, or another one stands in for it.
+
+    Args:
+        model: a hooked model whose blocks add to the residual stream.
+        task: prompt pairs with a metric.
+        circuit: the circuit.
+        unit: `"node"` removes all edges of a head or MLP, `"edge"` one edge, for small circuits.
+        ablation: `"resample"`, `"mean"` or `"zero"`; see `EdgeRun`.
+        random: how many random circuits, with the same number of edges, are taken apart in the same way.
+        seed: of the random circuits.
+        direction: `"noising"` runs the clean prompts and ablates with the corrupt ones, `"denoising"` the reverse.
+        batch_size: rows of a forward pass; it halves itself when memory runs out.
+        progress: `None` shows a bar on a terminal only.
+        resume: a journal; a run that was killed goes on from it and returns the same result.
+
+    Raises:
+        EmptyTaskError: no pairs, or a circuit without such parts.
+        SettingError: faithfulness is undefined, or an unusable number of random circuits or batch size.
+        MismatchError: a circuit of another graph than the model's.
+        UnknownNameError: no such unit, ablation or direction.
+        UnsupportedFeatureError: a model whose heads have no writes of their own.
+
+    Cost:
+        1 forward pass a pair and part of the circuit and of each random one, and 4 + random a pair (3 + random with
+        zero); circuits that are the same run once.
+
+    References:
+        Wang et al. 2023, arXiv:2211.00593.
+    """
+    check_draws(random)
+    if unit not in UNITS:
+        raise UnknownNameError(f"unit {unit!r}", "no such part of a circuit", nearest(unit, UNITS))
+    run = EdgeRun(model, task, direction=direction, ablation=ablation, batch_size=batch_size)
+    check_graph(run, circuit)
+    all_circuits = [circuit, *(circuit.random_like(seed + i) for i in range(random))]
+    without = [_without(each, unit) for each in all_circuits]
+    if not without[0]:
+        raise EmptyTaskError("minimality", f"a circuit without any {unit} to remove", "give a larger circuit")
+    masks = [run.graph.mask, torch.zeros_like(run.graph.mask), *(each.mask for each in all_circuits)]
+    masks += [mask for parts in without for mask in parts.values()]
+    found = run.metrics(torch.stack(masks), progress=progress, resume=resume, label="minimality")
+    f = ratio(found[2:], found[0], found[1], model)
+    wholes, rest = f[: len(all_circuits)], f[len(all_circuits) :].split([len(parts) for parts in without])
+    drops = [whole - part for whole, part in zip(wholes, rest, strict=True)]
+    ranked = torch.full((random, max(map(len, drops[1:]), default=0)), math.nan, dtype=f.dtype)
+    for row, drop in zip(ranked, drops[1:], strict=True):
+        row[: len(drop)] = drop.sort(descending=True).values
+    tensors = {
+        "drop": Labelled(drops[0], ("part",), {"part": tuple(without[0])}),
+        "random": Labelled(ranked, ("draw", "rank")),
+    }
+    settings = settings_of(
+        task,
+        method="minimality",
+        direction=run.direction,
+        sites=[],
+        positions="all",
+        base=found[0].tolist(),
+        source=found[1].tolist() if run.ablation == "resample" else None,
+        passes=(float(run.forward), 0.0),
+        trivial=0,
+        unit=unit,
+        ablation=run.ablation,
+        faithfulness=wholes[0].item(),
+        n_edges=circuit.n_edges,
+        random=random,
+        seed=seed,
+    )
+    return Minimality(tensors, settings=settings, provenance=provenance_of(model, task))
+
+
+def _without(circuit: Circuit, unit: str) -> dict[str, Tensor]:
+    """The circuit's edges without each of its parts, by the part's name."""
+    if unit == "node":
+        inner = [name for name in circuit.nodes if circuit.graph.layer_of(name) is not None]
+        return {name: circuit.without(name).mask for name in inner}
+    found = {}
+    for (source, target), (i, j) in zip(circuit.edges, circuit.mask.nonzero().tolist(), strict=True):
+        kept = circuit.mask.clone()
+        kept[i, j] = False
+        found[f"{source} -> {target}"] = kept
+    return found
