@@ -26,8 +26,7 @@ test: check
 verify: check
 	$(BIN)/python -m pytest -q -m "slow or not slow" --timeout 1800 --hypothesis-profile full
 	$(BIN)/python -m pytest -q --nbmake --timeout 900 notebooks
-	$(BIN)/python -m circuits.ioi
-	$(BIN)/python -m circuits.induction
+	for task in ioi greater_than subject_verb gendered_pronoun induction; do $(BIN)/python -m circuits.$$task || exit 1; done
 	$(BIN)/python -m benchmarks --smoke
 
 bench: $(INSTALLED)

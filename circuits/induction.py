@@ -1,24 +1,24 @@
 """Induction: after a repeated block of random tokens, which heads look at the token after the previous occurrence?
 
-`python -m circuits.induction [MODEL]` prints, for each head, how much it attends to the previous token and to the token
-after the last occurrence, and the measured effect of that head on predicting the repeated token. Known from larger
-models (Olsson et al. 2022, In-context Learning and Induction Heads): induction heads in later layers read what
-previous-token heads in earlier layers wrote.
+`python -m circuits.induction [--model MODEL]` writes the report and prints, for each head, how much it attends to the
+previous token and to the token after the last occurrence, and the measured effect of that head on predicting the
+repeated token. Known from larger models (Olsson et al. 2022, In-context Learning and Induction Heads): induction heads
+in later layers read what previous-token heads in earlier layers wrote.
 
-The second table follows the strongest heads: where does each look from the end, and which earlier head brought the
-target there? In the bundled model the scores of the first table are low and the effects large: its first layer brings
-each pair of neighbouring tokens to one later position, and second-layer heads find that position by its content. A
-search for the usual attention pattern would miss these heads; patching does not.
+The last columns follow the strongest heads: where does each look from the end, and which earlier head brought the
+target there? In the bundled model the attention scores are low and the effects large: its first layer brings each pair
+of neighbouring tokens to one later position, and second-layer heads find that position by its content. A search for the
+usual attention pattern would miss these heads; patching does not.
 """
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import pandas as pd
 
 import mechattr as ma
+from circuits import steps
 
 
 def head_scores(model: Any, task: Any) -> pd.DataFrame:
@@ -65,15 +65,16 @@ def relays(model: Any, task: Any, heads: list[str]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def main(name: str = "tiny") -> None:
-    """Prints the table for a model."""
-    model = ma.load(name)
-    task = ma.tasks.induction(model, n=32, seed=0)
-    print(f"{task}: accuracy {ma.accuracy(model, task):.2f} of pairs prefer the repeated token to the foil")
-    scores = head_scores(model, task)
-    print(scores.head(12).round(3).to_string(index=False))
-    print(relays(model, task, list(scores["head"][:5])).round(3).to_string(index=False, na_rep=""))
+def task(model: Any, n: int) -> Any:
+    """A block of random tokens, other tokens, and the block again; the corrupt prompt has another token at TARGET."""
+    return ma.tasks.induction(model, n=n, seed=0)
+
+
+def roles(model: Any, pairs: Any) -> pd.DataFrame:
+    """Both tables, joined by head."""
+    scores = head_scores(model, pairs).head(12)
+    return scores.merge(relays(model, pairs, list(scores["head"])), on="head")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2])
+    steps.main("induction", task, roles)

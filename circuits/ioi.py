@@ -1,52 +1,31 @@
 """Indirect object identification: which heads move the right name to the end of "When A and B ..., B gave ... to"?
 
-`python -m circuits.ioi [MODEL]` prints the heads with the largest effect at the task's named spans, and where each
-looks from the end of the sentence. Known from GPT-2 small (Wang et al. 2022, arXiv:2211.00593): name movers attend from
-END to the indirect object, S-inhibition heads from END to the second subject, duplicate-token heads from the second
-subject to the first.
+`python -m circuits.ioi [--model MODEL]`. Known from GPT-2 small (Wang et al. 2022, arXiv:2211.00593): duplicate-token
+heads look from the second subject (S2) back to the first (S1), S-inhibition heads look from END to S2 and tell the name
+movers what not to copy, name movers look from END to the indirect object (IO).
+
+The bundled model has the same: L2H3 and L2H0 look from END to S2, L3H3 and L3H0 from END to IO.
 """
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import pandas as pd
 
 import mechattr as ma
+from circuits import steps
 
 
-def head_roles(model: Any, task: Any, top: int = 12) -> pd.DataFrame:
-    """One row for each of the strongest (head, span): its effect, estimated and exact, and where it looks from END."""
-    estimate = ma.attribution_patching(model, task, sites="z", positions="named", progress=False)
-    nodes = estimate.top(top)
-    exact = ma.activation_patching(model, task, nodes=nodes, progress=False)
-    patterns = model.run(task.clean, record="pattern").activations
-    end = task.clean.columns(-1)
-    rows = []
-    for node in nodes:
-        pattern = patterns["pattern", node.layer].values[:, node.head]
-        row: dict[str, Any] = {
-            "head": f"L{node.layer}H{node.head}",
-            "at": node.pos,
-            "estimate": estimate.value(node, "signed"),
-            "exact": exact.value(node, "signed"),
-        }
-        for name in ("IO", "S1", "S2"):
-            keys = [spans[name][0] for spans in task.spans]
-            look = [float(pattern[i, end[i], key]) for i, key in enumerate(keys)]
-            row[f"END→{name}"] = sum(look) / len(look)
-        rows.append(row)
-    return pd.DataFrame(rows).sort_values("exact", key=abs, ascending=False, ignore_index=True)
+def task(model: Any, n: int) -> Any:
+    """Names in both orders; the corrupt prompt has a third name in place of the second subject."""
+    return ma.tasks.ioi(model, n=n, seed=0)
 
 
-def main(name: str = "tiny") -> None:
-    """Prints the table for a model."""
-    model = ma.load(name)
-    task = ma.tasks.ioi(model, n=32, seed=0)
-    print(f"{task}: accuracy {ma.accuracy(model, task):.2f}")
-    print(head_roles(model, task).round(3).to_string(index=False))
+def roles(model: Any, pairs: Any) -> pd.DataFrame:
+    """Where the strongest heads look from the end: at the name to give, or at the one to avoid."""
+    return steps.looks(model, pairs, ("IO", "S1", "S2"))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2])
+    steps.main("ioi", task, roles)

@@ -10,14 +10,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mechattr import artifact, draw, errors, models, patching, report, sites, tasks
+    from mechattr import artifact, draw, errors, evaluation, models, patching, report, sites, tasks
     from mechattr.artifact import Artifact, Attribution, Cache, open
+    from mechattr.evaluation.faithfulness import faithfulness
+    from mechattr.evaluation.minimality import minimality
     from mechattr.labelled import Labelled
     from mechattr.methods import METHODS
     from mechattr.models.load import load
+    from mechattr.patching.ablation import ablation
     from mechattr.patching.activation import activation_patching
     from mechattr.patching.attribution import attribution_patching
+    from mechattr.patching.bound import missed_effect_bound
+    from mechattr.patching.edge_patching import edge_patching
+    from mechattr.patching.edges import edge_attribution
     from mechattr.patching.estimate import estimate
+    from mechattr.patching.path import path_patching
+    from mechattr.patching.tracing import causal_tracing
     from mechattr.sites import Node
     from mechattr.tasks.task import accuracy
 
@@ -31,17 +39,26 @@ _WHERE = {
     "Cache": "mechattr.artifact:Cache",
     "Labelled": "mechattr.labelled:Labelled",
     "Node": "mechattr.sites:Node",
+    "ablation": "mechattr.patching.ablation:ablation",
     "accuracy": "mechattr.tasks.task:accuracy",
     "activation_patching": "mechattr.patching.activation:activation_patching",
     "artifact": "mechattr.artifact",
     "attribution_patching": "mechattr.patching.attribution:attribution_patching",
+    "causal_tracing": "mechattr.patching.tracing:causal_tracing",
     "draw": "mechattr.draw",
+    "edge_attribution": "mechattr.patching.edges:edge_attribution",
+    "edge_patching": "mechattr.patching.edge_patching:edge_patching",
     "errors": "mechattr.errors",
     "estimate": "mechattr.patching.estimate:estimate",
+    "evaluation": "mechattr.evaluation",
+    "faithfulness": "mechattr.evaluation.faithfulness:faithfulness",
     "load": "mechattr.models.load:load",
+    "minimality": "mechattr.evaluation.minimality:minimality",
+    "missed_effect_bound": "mechattr.patching.bound:missed_effect_bound",
     "models": "mechattr.models",
     "open": "mechattr.artifact:open",
     "patching": "mechattr.patching",
+    "path_patching": "mechattr.patching.path:path_patching",
     "report": "mechattr.report",
     "sites": "mechattr.sites",
     "tasks": "mechattr.tasks",
@@ -55,17 +72,26 @@ __all__ = [
     "Labelled",
     "Node",
     "__version__",
+    "ablation",
     "accuracy",
     "activation_patching",
     "artifact",
     "attribution_patching",
+    "causal_tracing",
     "draw",
+    "edge_attribution",
+    "edge_patching",
     "errors",
     "estimate",
+    "evaluation",
+    "faithfulness",
     "load",
+    "minimality",
+    "missed_effect_bound",
     "models",
     "open",
     "patching",
+    "path_patching",
     "report",
     "sites",
     "tasks",

@@ -27,6 +27,12 @@ if TYPE_CHECKING:
 KINDS: dict[str, str] = {
     "cache": "mechattr.artifact:Cache",
     "attribution": "mechattr.artifact:Attribution",
+    "bound": "mechattr.patching.bound_result:Bound",
+    "circuit": "mechattr.patching.circuit:Circuit",
+    "comparison": "mechattr.evaluation.compare:Comparison",
+    "edge_attribution": "mechattr.patching.edge_artifact:EdgeAttribution",
+    "faithfulness": "mechattr.evaluation.faithfulness:Faithfulness",
+    "minimality": "mechattr.evaluation.minimality:Minimality",
 }
 
 _MEASURES = ("score", "signed", "contribution", "abs_signed")

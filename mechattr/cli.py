@@ -88,6 +88,17 @@ def localise(
         Literal["noising", "denoising"], typer.Option(help="Corrupt into clean, or clean into corrupt.")
     ] = "noising",
     top: Annotated[int, typer.Option(min=1, help="Number of components to check by exact patching.")] = 50,
+    variant: Annotated[
+        str | None,
+        typer.Option(help="Score by which they are chosen: atp, qk, graddrop, star, max or two_point."),
+    ] = None,
+    bound: Annotated[
+        int | None,
+        typer.Option(min=0, help="Forward passes spent on bounding what was not checked; 0 for none [default: 30/p]"),
+    ] = None,
+    circuit: Annotated[
+        int, typer.Option(min=0, help="Edges of a circuit to extract and test for faithfulness; 0 for none.")
+    ] = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps, ...")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, float64, bfloat16, ...")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Rows of one forward pass.")] = None,
@@ -99,18 +110,22 @@ def localise(
         raise typer.BadParameter("give exactly one of --task and --pairs")
     if (task == "resampled") != (texts is not None):
         raise typer.BadParameter("--texts FILE and --task resampled go together")
+    chosen: dict[str, Any] = {} if variant is None else {"variant": variant}
     loaded = ma.load(model, device=device, dtype=dtype)
     result = ma.report.localise(
         loaded,
         _make_task(loaded, task, pairs, texts, n=n, seed=seed, split=split, metric=metric),
         out=out,
         top=top,
+        bound=bound,
+        circuit=circuit,
         direction=direction,
         sites=tuple(site.strip() for site in sites.split(",")),
         positions=positions,
         seed=seed,
         batch_size=batch_size,
         overwrite=overwrite,
+        **chosen,
     )
     if as_json:
         document = {"summary": result.summary, "report": str(result.report_path), "components": result.table(top)}

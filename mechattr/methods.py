@@ -26,7 +26,7 @@ class MethodRow:
             `exact_if_linear`: equals the measured effect on a linear network. `signed`: effects carry a sign.
             `batch_independent`: a batch gives what its prompts give one by one.
         page: the documentation page.
-        command: the command of the command line that runs it.
+        command: the command of the command line that runs it, if there is one.
     """
 
     name: str
@@ -35,7 +35,7 @@ class MethodRow:
     cost: str
     promises: frozenset[Promise]
     page: str
-    command: str
+    command: str | None = None
 
 
 METHODS: Mapping[str, MethodRow] = MappingProxyType(
@@ -56,10 +56,81 @@ METHODS: Mapping[str, MethodRow] = MappingProxyType(
                 name="attribution_patching",
                 function="mechattr.patching.attribution:attribution_patching",
                 citation="Nanda 2023, Attribution Patching; Kramár et al. 2024, AtP*, arXiv:2403.00745",
-                cost="2 forward passes and 1 backward pass a pair, for all nodes together",
+                cost="2 forward passes and 1 to (L + 3) / 2 backward passes a pair by variant, for all nodes together",
                 promises=frozenset({"exact_if_linear", "signed", "batch_independent"}),
                 page="docs/attribution_patching.md",
                 command="localise",
+            ),
+            MethodRow(
+                name="missed_effect_bound",
+                function="mechattr.patching.bound:missed_effect_bound",
+                citation="Kramár et al. 2024, AtP*, arXiv:2403.00745",
+                cost="3 forward passes and 1 backward pass a pair, and 1 forward pass a sample, whatever the number of "
+                "nodes",
+                promises=frozenset(),
+                page="docs/missed_effect_bound.md",
+                command="localise",
+            ),
+            MethodRow(
+                name="ablation",
+                function="mechattr.patching.ablation:ablation",
+                citation="Wang et al. 2022, Interpretability in the Wild, arXiv:2211.00593",
+                cost="1 forward pass a pair, 1 for each reference prompt, and for each node of each pair the part of "
+                "one above its layer",
+                promises=frozenset({"signed"}),
+                page="docs/ablation.md",
+            ),
+            MethodRow(
+                name="causal_tracing",
+                function="mechattr.patching.tracing:causal_tracing",
+                citation="Meng et al. 2022, Locating and Editing Factual Associations in GPT, arXiv:2202.05262",
+                cost="2 forward passes for each noise of each pair, and for each node of each of them the part of one "
+                "above its window",
+                promises=frozenset({"signed", "batch_independent"}),
+                page="docs/causal_tracing.md",
+            ),
+            MethodRow(
+                name="path_patching",
+                function="mechattr.patching.path:path_patching",
+                citation="Wang et al. 2022, Interpretability in the Wild, arXiv:2211.00593; "
+                "Goldowsky-Dill et al. 2023, Localizing Model Behavior with Path Patching, arXiv:2304.05969",
+                cost="2 forward passes a pair, and 2 for each sender of each pair",
+                promises=frozenset({"signed", "batch_independent"}),
+                page="docs/path_patching.md",
+            ),
+            MethodRow(
+                name="edge_attribution",
+                function="mechattr.patching.edges:edge_attribution",
+                citation="Syed et al. 2023, arXiv:2310.10348 (EAP); Hanna et al. 2024, arXiv:2403.17806 (EAP-IG)",
+                cost="2 forward passes and 1 backward pass a pair for EAP; steps + 2 and steps for EAP-IG",
+                promises=frozenset({"exact_if_linear", "signed", "batch_independent"}),
+                page="docs/edge_attribution.md",
+                command="localise",
+            ),
+            MethodRow(
+                name="edge_patching",
+                function="mechattr.patching.edge_patching:edge_patching",
+                citation="Goldowsky-Dill et al. 2023, Localizing Model Behavior with Path Patching, arXiv:2304.05969",
+                cost="2 forward passes a pair, and for each edge of each pair the part of one above its reader's layer",
+                promises=frozenset({"exact_if_linear", "signed", "batch_independent"}),
+                page="docs/edge_attribution.md",
+            ),
+            MethodRow(
+                name="faithfulness",
+                function="mechattr.evaluation.faithfulness:faithfulness",
+                citation="Mueller et al. 2025, MIB: A Mechanistic Interpretability Benchmark, arXiv:2504.13151",
+                cost="2 forward passes a pair, and 1 for each circuit and each complement, random ones included",
+                promises=frozenset({"batch_independent"}),
+                page="docs/faithfulness.md",
+                command="localise",
+            ),
+            MethodRow(
+                name="minimality",
+                function="mechattr.evaluation.minimality:minimality",
+                citation="Wang et al. 2022, Interpretability in the Wild, arXiv:2211.00593",
+                cost="2 forward passes a pair, and 1 for the circuit and for each part that is taken out of it",
+                promises=frozenset({"batch_independent"}),
+                page="docs/faithfulness.md",
             ),
         )
     }

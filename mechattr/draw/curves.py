@@ -249,14 +249,18 @@ def _line(ax: Axes, x: np.ndarray, rows: np.ndarray, *, color: str, zorder: floa
 
 
 def _beside(ax: Axes, name: str, x: np.ndarray, y: np.ndarray, level: float, color: str) -> None:
-    """Names a curve left of the place where it first reaches a level, or of its last point."""
-    places = np.flatnonzero(y >= level)
-    last = int(places[0]) if places.size else len(x) - 1
-    if len(x):
-        ax.annotate(
-            name, (x[last], y[last]), (-7, 0), textcoords="offset points", ha="right", va="center", color=color,
-            gid="line-name",
-        )  # fmt: skip
+    """Names a curve left of the place where its line (log x) first reaches a level, or of its last point."""
+    if not len(x):
+        return
+    reached = np.flatnonzero(y >= level)
+    place = (x[-1], y[-1])
+    if reached.size:
+        last = int(reached[0])
+        place = (x[last], y[last])
+        if last:
+            near = slice(last - 1, last + 1)
+            place = (float(np.exp(np.interp(level, y[near], np.log(x[near])))), level)
+    ax.annotate(name, place, (-7, 0), textcoords="offset points", ha="right", va="center", color=color, gid="line-name")
 
 
 def apart(wanted: np.ndarray, gap: float, low: float = -math.inf, high: float = math.inf) -> np.ndarray:

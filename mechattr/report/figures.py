@@ -21,13 +21,17 @@ WHOLE = ("z", "mlp_out")
 
 
 def figures(results: Results) -> dict[str, Figure]:
-    """The figures by file name without suffix: `head_map`, `agreement`, `agreement_top`, and where positions were told
-    apart `position_map`."""
+    """The figures by file name without suffix: `head_map`, `agreement`, `agreement_top`, where positions were told
+    apart `position_map`, and of what was computed `bound`, `circuit` and `faithfulness`."""
     made = {"head_map": head_map(results)}
     if "pos" in results.attribution.scores[MAPS[0]].axes:
         made["position_map"] = position_map(results)
     made["agreement"] = agreement(results)
     made["agreement_top"] = agreement_top(results)
+    for name in ("bound", "circuit", "faithfulness"):
+        result = getattr(results, name)
+        if result is not None:
+            made[name] = result.plot().figure
     return made
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from mechattr import draw
 from mechattr.report import summary
 from mechattr.report.look import SCRIPT, STYLE
-from mechattr.report.record import ARTIFACTS
+from mechattr.report.record import artifacts
 from mechattr.report.results import Results
 from mechattr.report.tables import csv_text, html_table
 
@@ -38,9 +38,13 @@ def page(results: Results, figures: Mapping[str, Path]) -> str:
         "What was asked": _asked(results),
         "Where the effect is": _maps(results, figures),
         "The components": _components(results),
-        "Estimate against exact, and what it cost": _evidence(results, figures),
-        "Where this comes from": _provenance(results),
+        "Estimate against exact": _evidence(results, figures),
     }
+    if results.bound is not None:
+        sections["What may have been missed"] = _bound(results, figures)
+    if results.circuit is not None:
+        sections["Edges and circuit"] = _circuit(results, figures)
+    sections |= {"What it cost": _cost(results), "Where this comes from": _provenance(results)}
     body = "".join(f"<h2>{i}. {name}</h2>{text}\n" for i, (name, text) in enumerate(sections.items(), start=1))
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -145,19 +149,58 @@ def _evidence(results: Results, figures: Mapping[str, Path]) -> str:
         _figure(figures[name], "Scatter of estimate against exact effect", caption)
         for name, caption in captions.items()
     )
-    return f'<p>{escape(summary.agreement(results))}</p><div class="row">{pictures}</div>{_cost(results)}'
+    return f'<p>{escape(summary.agreement(results))}</p><div class="row">{pictures}</div>'
+
+
+def _bound(results: Results, figures: Mapping[str, Path]) -> str:
+    assert results.bound is not None
+    return (
+        f"<p>{escape(summary.capital(results.bound.summary))}</p>"
+        + _figure(
+            figures["bound"],
+            "Probability that a component with an effect of at least theta was not checked, against theta",
+            "How surprised one would be, by what random sets of unchecked components did, if one of them had an effect "
+            "of at least θ. Ticks below are the exact effects of the checked components.",
+        )
+        + f'<p class="note">{escape(results.bound.covers)}</p>'
+    )
+
+
+def _circuit(results: Results, figures: Mapping[str, Path]) -> str:
+    circuit, kept = results.circuit, results.faithfulness
+    assert circuit is not None and kept is not None
+    graph = _figure(
+        figures["circuit"],
+        "Graph of the circuit: layers upward, edges by contribution",
+        f"The circuit of the {circuit.n_edges} best edges by estimated contribution. Blue edges carry the answer, red "
+        "ones work against it; width shows how much.",
+    )
+    curve = _figure(
+        figures["faithfulness"],
+        "Faithfulness against circuit size",
+        "Share of the gap between clean and corrupt metric that circuits of each size keep when all other edges carry "
+        "corrupt values, measured exactly; the band holds random circuits of the same sizes.",
+    )
+    return f'<p>{escape(summary.capital(kept.summary))}</p><div class="row">{graph}{curve}</div>'
 
 
 def _cost(results: Results) -> str:
     """Passes and seconds of each step, beside what measuring everything would have cost."""
     seconds = results.record["seconds"]
-    steps = {
+    steps: dict[str, tuple[str, Any]] = {
         "attribution": ("estimate of all components", results.attribution),
         "exact": (f"exact check of {len(results.verified)} components", results.exact),
         "whole_attribution": ("estimate of whole heads and MLPs", results.whole_attribution),
         "whole_exact": ("exact check of whole heads and MLPs", results.whole_exact),
+        "bound": ("bound on what was not checked", results.bound),
+        "edges": ("estimate of all edges", results.edges),
+        "faithfulness": ("faithfulness of circuits", results.faithfulness),
     }
-    lines = "".join(_cost_row(name, *part.passes, seconds.get(step)) for step, (name, part) in steps.items())
+    lines = "".join(
+        _cost_row(name, part.passes.forward, part.passes.backward, seconds.get(step))
+        for step, (name, part) in steps.items()
+        if part is not None
+    )
     everything, measured = results.exhaustive_passes, results.exact.passes.forward
     took = seconds["exact"] / measured * everything if seconds.get("exact") and measured else None
     lines += _cost_row("exact sweep over all components (not run)", everything, 0.0, took, about="≈ ")
@@ -190,7 +233,7 @@ def _provenance(results: Results) -> str:
         "seed": str(key["seed"]),
         "versions": escape(", ".join(f"{name} {version}" for name, version in versions.items())),
         "task from": escape(results.record["task"]["citation"]),
-        "files": ", ".join(map(_code, ARTIFACTS.values())),
+        "files": ", ".join(map(_code, artifacts(key).values())),
     }
     command = escape(results.record["command"])
     return (

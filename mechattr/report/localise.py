@@ -3,7 +3,9 @@
 1. Attribution patching at the asked sites and at the sites of the maps, in one pass.
 2. Exact activation patching of the components with the largest estimates.
 3. Both again for every whole head (z) and MLP: the picture by head, and how far the estimates can be trusted.
-4. Figures, table and report.
+4. A bound on the effects of the components that were not checked, from random sets of them.
+5. If asked for: all edges, a circuit of the best of them, and how faithful it is.
+6. Figures, table and report.
 
 Each result is saved as soon as it exists, so that a run that fails or is killed goes on where it stopped.
 """
@@ -14,18 +16,24 @@ import base64
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from mechattr.artifact import Attribution
+from mechattr.artifact import open as open_artifact
 from mechattr.errors import ArtifactError, EmptyTaskError, SettingError
+from mechattr.evaluation.faithfulness import faithfulness
 from mechattr.models.base import HookedModel
 from mechattr.patching.activation import activation_patching
 from mechattr.patching.attribution import attribution_patching
+from mechattr.patching.bound import missed_effect_bound
+from mechattr.patching.edges import edge_attribution
 from mechattr.patching.places import DEFAULT_SITES, Direction, Positions, direction_of, node_sites, places_of
+from mechattr.patching.variants import DEFAULT_VARIANT, variant_of
 from mechattr.report import figures, html, summary, tables
-from mechattr.report.record import ARTIFACTS, FIGURES, PARTIAL, REPORT, TABLE, Record, describe, prepare, read, write
+from mechattr.report.record import FIGURES, PARTIAL, REPORT, TABLE, Record, artifacts, describe, prepare, read, write
 from mechattr.report.reproduce import PAIRS, command, pairs_jsonl
 from mechattr.report.results import Results, at_sites
 from mechattr.sites import parse
@@ -88,6 +96,9 @@ def localise(
     *,
     out: Path | str,
     top: int = 50,
+    variant: str = DEFAULT_VARIANT,
+    bound: int | None = None,
+    circuit: int = 0,
     direction: Direction = "noising",
     sites: Sequence[str] = DEFAULT_SITES,
     positions: Positions | None = None,
@@ -107,6 +118,10 @@ def localise(
         task: prompt pairs.
         out: folder of the report.
         top: how many components are checked exactly.
+        variant: the score of attribution patching by which they are chosen.
+        bound: forward passes spent on the bound; 0 leaves it out, by default it takes what every component needs to be
+            drawn 30 times.
+        circuit: how many edges the circuit has before dead ends are pruned; 0 leaves edges out.
         direction: corrupt activations into the clean run, or clean ones into the corrupt run.
         sites: sites whose components are scored.
         positions: score each position ("aligned"), named spans ("named"), or all positions replaced together ("all").
@@ -122,23 +137,27 @@ def localise(
     Raises:
         OutputExistsError: `out` holds the result of other settings.
         EmptyTaskError: the task has no pair.
-        SettingError: `top` is not a count.
+        SettingError: `top`, `bound` or `circuit` is not a count.
         UnknownSiteError, UnknownNameError: no such site, direction or kind of positions.
         AlignmentError: positions that are not comparable across the pairs.
 
-    Cost: estimates take 4 forward and 2 backward passes a pair; each check takes up to one forward pass a pair and
-        component, `top` + heads + MLPs in all.
+    Cost: estimates take twice what `attribution_patching` states for the variant; each check takes up to one forward
+        pass a pair and component, `top` + heads + MLPs in all; the bound takes its budget; edges and circuit take what
+        `edge_attribution` (10 steps) and `faithfulness` state.
     """
     if not len(task):
         raise EmptyTaskError("to localise a behaviour", "a task without pairs", "give at least one pair")
-    if isinstance(top, bool) or not isinstance(top, int) or top < 1:
-        raise SettingError("how many components to check", f"top={top!r}", "give a whole number from 1")
+    for name, value, least in (("top", top, 1), ("bound", bound, 0), ("circuit", circuit, 0)):
+        if not _count(value, least) and not (name == "bound" and value is None):
+            raise SettingError(f"localise with {name}={value!r}", "no count", f"give a whole number from {least}")
+    variant_of(model.info, model.sites(), variant, "block")
     where = positions or _comparable(task)
     # what cannot be used is refused before anything is written
     direction_of(direction)
     node_sites(model, sites)
     places_of(task, where)
-    asked = {"direction": direction, "sites": list(sites), "positions": where, "top": top, "seed": seed}
+    asked: dict[str, Any] = {"direction": direction, "sites": list(sites), "positions": where, "top": top, "seed": seed}
+    asked |= {"variant": variant, "bound": bound, "circuit": circuit}
     folder = Path(out)
     described = {**describe(model, task, asked), "command": command(model.info, task, asked, folder)}
     record = prepare(folder, described, overwrite=overwrite)
@@ -147,7 +166,7 @@ def localise(
     rows: dict[str, Any] = {} if batch_size is None else {"batch_size": batch_size}
 
     def estimate(at: Sequence[str], by: Positions) -> Attribution:
-        return attribution_patching(model, task, sites=at, variant="atp", positions=by, **bars, **rows)
+        return attribution_patching(model, task, sites=at, variant=variant, positions=by, **bars, **rows)
 
     def check(name: str, **what: Any) -> Attribution:
         return activation_patching(model, task, resume=folder / PARTIAL[name], **what, **bars, **rows)
@@ -160,7 +179,23 @@ def localise(
     exact = _step(folder, record, "exact", lambda: check("exact", nodes=best))
     whole_attribution = _step(folder, record, "whole_attribution", lambda: estimate(whole, "all"))
     whole_exact = _step(folder, record, "whole_exact", lambda: check("whole_exact", sites=whole, positions="all"))
-    return _write(folder, Results(record, attribution, exact, whole_attribution, whole_exact))
+    found: dict[str, Any] = {}
+    if bound != 0:
+        journal = folder / PARTIAL["bound"]
+        chance: dict[str, Any] = {"sites": sites, "budget": bound, "seed": seed, "resume": journal, **rows}
+        bounding = partial(missed_effect_bound, model, task, verified=exact, progress=progress, **chance)
+        found["bound"] = _step(folder, record, "bound", bounding)
+    if circuit:
+        edges = _step(folder, record, "edges", partial(edge_attribution, model, task, **bars, **rows))
+        found["edges"] = edges
+        found["circuit"] = _step(folder, record, "circuit", lambda: edges.circuit(circuit))
+        testing = partial(faithfulness, model, task, edges, seed=seed, **bars, **rows)
+        found["faithfulness"] = _step(folder, record, "faithfulness", testing)
+    return _write(folder, Results(record, attribution, exact, whole_attribution, whole_exact, **found))
+
+
+def _count(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def rebuild(path: Path | str) -> Localisation:
@@ -174,23 +209,23 @@ def rebuild(path: Path | str) -> Localisation:
     """
     folder = Path(path)
     record = read(folder)
-    missing = [name for name in ARTIFACTS.values() if not (folder / name).exists()]
+    files = artifacts(record["key"])
+    missing = [name for name in files.values() if not (folder / name).exists()]
     if missing:
         raise ArtifactError(
             f"to rebuild the report of {folder}",
             f"no {', '.join(missing)}: the run did not finish",
             "run localise again: it goes on from there",
         )
-    return _write(
-        folder, Results(record, **{name: Attribution.load(folder / file) for name, file in ARTIFACTS.items()})
-    )
+    stored: dict[str, Any] = {name: open_artifact(folder / file) for name, file in files.items()}
+    return _write(folder, Results(record, **stored))
 
 
-def _step(folder: Path, record: Record, name: str, make: Callable[[], Attribution]) -> Attribution:
+def _step(folder: Path, record: Record, name: str, make: Callable[[], Any]) -> Any:
     """A result from the folder, or made now and saved there with the seconds it took."""
-    path = folder / ARTIFACTS[name]
+    path = folder / artifacts(record["key"])[name]
     if path.exists():
-        return Attribution.load(path)
+        return open_artifact(path)
     start = time.perf_counter()
     result = make()
     result.save(path)

@@ -13,7 +13,7 @@ from mechattr.provenance import json_value
 from mechattr.report.reproduce import PAIRS
 from mechattr.tasks.task import Task
 
-FORMAT = "mechattr/localise/1"
+FORMAT = "mechattr/localise/2"
 RECORD = "settings.json"
 ARTIFACTS = {
     "attribution": "attribution.safetensors",
@@ -21,12 +21,19 @@ ARTIFACTS = {
     "whole_attribution": "whole_attribution.safetensors",
     "whole_exact": "whole_exact.safetensors",
 }
-PARTIAL = {"exact": "exact.partial", "whole_exact": "whole_exact.partial"}
+BOUND = {"bound": "bound.safetensors"}
+CIRCUIT = {"edges": "edges.safetensors", "circuit": "circuit.safetensors", "faithfulness": "faithfulness.safetensors"}
+PARTIAL = {"exact": "exact.partial", "whole_exact": "whole_exact.partial", "bound": "bound.partial"}
 TABLE, REPORT, FIGURES = "table.csv", "report.html", "figures"
 N_SAMPLES = 2
 N_ANSWERS = 3  # of each pair, where a set of answers counts
 
 Record = dict[str, Any]
+
+
+def artifacts(key: Mapping[str, Any]) -> dict[str, str]:
+    """The files of a run's results by name: those of every run, the bound and the circuit if they were asked for."""
+    return {**ARTIFACTS, **(BOUND if key["bound"] != 0 else {}), **(CIRCUIT if key["circuit"] else {})}
 
 
 def describe(model: HookedModel, task: Task, settings: Mapping[str, Any]) -> Record:
@@ -142,7 +149,8 @@ def _same(out: Path, record: Record) -> bool:
 
 def _clear(out: Path) -> None:
     """Removes what a run writes, and nothing else."""
-    for name in (RECORD, TABLE, REPORT, PAIRS, *ARTIFACTS.values(), *PARTIAL.values()):
+    every = (*ARTIFACTS.values(), *BOUND.values(), *CIRCUIT.values(), *PARTIAL.values())
+    for name in (RECORD, TABLE, REPORT, PAIRS, *every):
         (out / name).unlink(missing_ok=True)
     for suffix in ("png", "svg"):
         for path in (out / FIGURES).glob(f"*.{suffix}"):

@@ -28,7 +28,7 @@ def command(info: ModelInfo, task: Task, asked: Mapping[str, Any], out: Path) ->
     Args:
         info: the model.
         task: its prompt pairs.
-        asked: direction, sites, positions, top and seed of the run.
+        asked: direction, sites, positions, top, variant, bound, circuit and seed of the run.
         out: its folder.
     """
     source: dict[str, Any] = {"model": info.name, "dtype": info.dtype}
@@ -39,7 +39,11 @@ def command(info: ModelInfo, task: Task, asked: Mapping[str, Any], out: Path) ->
     lines = [
         source,
         {"sites": ",".join(asked["sites"]), "positions": asked["positions"], "direction": asked["direction"]},
-        {"top": asked["top"], "out": out if "task" in source else out.with_name(f"{out.name}-again")},
+        {
+            "top": asked["top"],
+            **{name: asked[name] for name in ("variant", "bound", "circuit") if asked[name] is not None},
+        },
+        {"out": out if "task" in source else out.with_name(f"{out.name}-again")},
     ]
     words = (" ".join(f"--{name} {shlex.quote(str(value))}" for name, value in line.items()) for line in lines)
     return "mechattr localise " + " \\\n  ".join(words)

@@ -12,6 +12,10 @@ import numpy as np
 
 from mechattr.artifact import Attribution
 from mechattr.draw import spearman, spell
+from mechattr.evaluation.faithfulness import Faithfulness
+from mechattr.patching.bound import Bound
+from mechattr.patching.circuit import Circuit
+from mechattr.patching.edge_artifact import EdgeAttribution
 from mechattr.sites import Node
 
 STRONG_SHARE = 0.1  # a component counts as strong when it alone moves at least this share of the gap
@@ -27,6 +31,10 @@ class Results:
         exact: exact effects of the strongest components by estimate; NaN elsewhere.
         whole_attribution: estimates of whole heads (z) and MLPs, all positions replaced together.
         whole_exact: the exact effects of the same.
+        bound: what may hide among the components that were not checked.
+        edges: estimates of all edges.
+        circuit: the circuit made of the best of them.
+        faithfulness: how much of the behaviour circuits of several sizes keep.
     """
 
     record: Mapping[str, Any]
@@ -34,6 +42,10 @@ class Results:
     exact: Attribution
     whole_attribution: Attribution
     whole_exact: Attribution
+    bound: Bound | None = None
+    edges: EdgeAttribution | None = None
+    circuit: Circuit | None = None
+    faithfulness: Faithfulness | None = None
 
     @property
     def key(self) -> Mapping[str, Any]:

@@ -33,6 +33,7 @@ def sentence(results: Results) -> str:
         f"the gap between clean and corrupt prompts ({gap}): the strongest, {best.label}{_place(results, best)}, by "
         f"{results.exact.value(best, 'abs_signed'):.3g} ({percent(results.share(best))}){last}; measured by {how} one "
         f"component at a time, for the {checked} with the largest estimates."
+        + (f" {capital(results.bound.summary)}" if results.bound is not None else "")
     )
 
 
@@ -59,6 +60,11 @@ def agreement(results: Results) -> str:
         f"{signed:.3f} for contributions"
         + (f" and {magnitude:.3f} for mean |effect|." if math.isfinite(magnitude) else ".")
     )
+
+
+def capital(text: str) -> str:
+    """A sentence with a capital and a full stop."""
+    return f"{text[0].upper()}{text[1:].rstrip('.')}."
 
 
 def percent(share: float) -> str:

@@ -1,0 +1,157 @@
+"""What takes the place of a node that is ablated: zeros, means by place, or the values of another prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from mechattr.errors import AlignmentError
+from mechattr.models.base import Batch, HookedModel
+from mechattr.patching.interventions import PAIRS_AT_ONCE, Index, Interventions
+from mechattr.patching.places import Places, chunks, feature_of
+from mechattr.patching.source import shape_of
+from mechattr.sites import SITES, parse
+from mechattr.tasks.task import Task
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Zeros:
+    """Zeros in the shape of activations, without their memory."""
+
+    model: HookedModel
+    task: Task
+    names: tuple[str, ...]
+
+    def rows(self, pairs: Sequence[int]) -> tuple[dict[str, Tensor], Tensor | None]:
+        columns, device = self.task.clean.tokens.shape[1], self.task.clean.device
+        shapes = {name: shape_of(name, self.model.info, len(pairs), columns) for name in self.names}
+        return {name: torch.zeros((), device=device).expand(shape) for name, shape in shapes.items()}, None
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Means:
+    """Means over the real tokens of each place: [place, ...] by full name, the same for every pair."""
+
+    values: dict[str, Tensor]
+
+    def rows(self, _pairs: Sequence[int]) -> tuple[dict[str, Tensor], Tensor | None]:
+        return self.values, None
+
+    @classmethod
+    def of(cls, model: HookedModel, task: Task, places: Places, names: Sequence[str], rows: int) -> Means:
+        """Runs the clean prompts; adds differences from one token, so that equal values have exactly that mean."""
+        first: dict[str, Tensor] = {}
+        total: dict[str, Tensor] = {}
+        dtypes = {}
+        for part in chunks(len(task), min(rows, PAIRS_AT_ONCE)):
+            found = model.run(task.clean.rows(part), record=names).activations
+            where = places.where[list(part)]
+            pair, place, column = where.nonzero(as_tuple=True)
+            for name in dict.fromkeys(names):
+                x = found[name].values
+                dtypes[name] = x.dtype
+                wide = x.to(torch.promote_types(x.dtype, torch.float32))
+                if name not in first:
+                    first[name] = wide[0, where[0].int().argmax(1)]
+                    total[name] = torch.zeros_like(first[name])
+                total[name].index_add_(0, place, wide[pair, column] - first[name][place])
+        tokens = places.where.sum((0, 2))
+        values = {}
+        for name, start in first.items():
+            count = tokens.to(start.dtype).reshape(-1, *[1] * (start.ndim - 1))
+            values[name] = (start + total[name] / count).to(dtypes[name])
+        return cls(values)
+
+
+class ByPlace(Interventions):
+    """Interventions with one value a place, for all its tokens."""
+
+    def changed(self, name: str, here: Float[Tensor, "pair ..."]) -> Bool[Tensor, "pair place ..."]:
+        where = self.now.places.where
+        pair, place, column = where.nonzero(as_tuple=True)
+        differs = here[pair, column] != self.now.source[name][place]
+        feature = feature_of(parse(name)[0])
+        inside = differs.reshape(len(pair), *(() if feature is None else (differs.shape[1],)), -1).any(-1)
+        counts = torch.zeros(*where.shape[:2], *inside.shape[1:], device=here.device)
+        return counts.index_put_((pair, place), inside.float(), accumulate=True) != 0
+
+    def replacement(self, name: str, index: Index, place: Int[Tensor, " entry"]) -> Tensor:
+        return self.now.source[name][(place, *index[2:])]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Others:
+    """Activations on other prompts, each moved to the column of the token whose place it takes.
+
+    Attributes:
+        batch: the other prompt of each pair.
+        columns: for each pair and column of the task, the column of the other prompt.
+        names: the full names that are needed.
+    """
+
+    model: HookedModel
+    batch: Batch
+    columns: Int[Tensor, "pair column"]
+    names: tuple[str, ...]
+
+    @classmethod
+    def of(
+        cls,
+        model: HookedModel,
+        task: Task,
+        other: Task,
+        places: Places,
+        other_places: Places,
+        chosen: Sequence[int],
+        names: Sequence[str],
+    ) -> Others:
+        """Pairs the tokens of each place with those of the same place of the other prompt.
+
+        Raises:
+            AlignmentError: a place has more tokens in one of them, tokens of several places would have several
+                partners, or attention rows have other keys.
+        """
+        there = other_places.where[list(chosen)]
+        sizes, others = places.where.sum(2), there.sum(2)
+        batch = other.clean.rows(chosen)
+        if not torch.equal(sizes, others):
+            pair, place = (sizes != others).nonzero()[0].tolist()
+            label = f"span {places.labels[place]!r}" if places.labels else "the prompt"
+            here, away = int(sizes[pair, place]), int(others[pair, place])
+            raise _misfit(f"{label} has {here} tokens in pair {pair} and {away} in the one it takes values from")
+        columns = torch.full_like(task.clean.tokens, -1)
+        for place in range(places.where.shape[1]):
+            pair, column = places.where[:, place].nonzero(as_tuple=True)
+            partner = there[:, place].nonzero(as_tuple=True)[1]
+            before = columns[pair, column]
+            if bool(((before != -1) & (before != partner)).any()):
+                raise _misfit(f"span {places.labels[place]!r} overlaps with others differently")
+            columns[pair, column] = partner
+        own = torch.arange(columns.shape[1], device=columns.device)
+        rows = [name for name in names if "query" in SITES[parse(name)[0]].axes]
+        same = batch.mask.shape == task.clean.mask.shape and torch.equal(batch.mask, task.clean.mask)
+        if rows and not (same and bool(((columns == own) | (columns == -1)).all())):
+            raise _misfit(f"{rows[0]} has rows over other keys")
+        return cls(model, batch, columns.clamp(min=0), tuple(names))
+
+    def rows(self, pairs: Sequence[int]) -> tuple[dict[str, Tensor], Tensor | None]:
+        found = self.model.run(self.batch.rows(pairs), record=self.names).activations
+        columns = self.columns[list(pairs)]
+        pair = torch.arange(len(columns), device=columns.device)[:, None]
+        return {
+            name: x if "query" in SITES[parse(name)[0]].axes else x[pair, columns]
+            for name in self.names
+            for x in (found[name].values,)
+        }, None
+
+
+def _misfit(found: str) -> AlignmentError:
+    return AlignmentError(
+        "kind='resample'",
+        found,
+        "use prompts of one layout, positions='named' with spans of equal length, or kind='mean'",
+    )
