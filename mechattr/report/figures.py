@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,10 +29,10 @@ def figures(results: Results) -> dict[str, Figure]:
         made["position_map"] = position_map(results)
     made["agreement"] = agreement(results)
     made["agreement_top"] = agreement_top(results)
-    for name in ("bound", "circuit", "faithfulness"):
-        result = getattr(results, name)
-        if result is not None:
-            made[name] = result.plot().figure
+    if results.bound is not None and math.isfinite(results.bound.theta):
+        made["bound"] = results.bound.plot().figure
+    if results.circuit is not None and results.faithfulness is not None:
+        made |= {"circuit": results.circuit.plot().figure, "faithfulness": results.faithfulness.plot().figure}
     return made
 
 

@@ -154,16 +154,15 @@ def _evidence(results: Results, figures: Mapping[str, Path]) -> str:
 
 def _bound(results: Results, figures: Mapping[str, Path]) -> str:
     assert results.bound is not None
-    return (
-        f"<p>{escape(summary.capital(results.bound.summary))}</p>"
-        + _figure(
+    text = f"<p>{escape(summary.capital(results.bound.summary))}</p>"
+    if "bound" in figures:  # too small a budget bounds nothing
+        text += _figure(
             figures["bound"],
-            "Probability that a component with an effect of at least theta was not checked, against theta",
+            "Probability of what was seen if a component with an effect of at least theta was missed, against theta",
             "How surprised one would be, by what random sets of unchecked components did, if one of them had an effect "
             "of at least θ. Ticks below are the exact effects of the checked components.",
         )
-        + f'<p class="note">{escape(results.bound.covers)}</p>'
-    )
+    return text + f'<p class="note">{escape(results.bound.covers)}</p>'
 
 
 def _circuit(results: Results, figures: Mapping[str, Path]) -> str:

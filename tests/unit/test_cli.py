@@ -82,6 +82,7 @@ def test_the_module_runs_as_a_program() -> None:
 
 def test_localise_passes_every_option_on(calls: dict[str, Any], tmp_path: Path) -> None:
     options = "--n 8 --split train --seed 3 --sites z,mlp_out --positions named --direction denoising --top 7"
+    options += " --variant qk --bound 90 --circuit 40"
     machine = "--device cpu --dtype float64 --batch-size 5 --overwrite"
     assert run("localise", "--model", "m", "--task", "ioi", "--out", tmp_path, *f"{options} {machine}".split()) == 0
     assert calls["load"] == ("m", {"device": "cpu", "dtype": "float64"})
@@ -91,6 +92,9 @@ def test_localise_passes_every_option_on(calls: dict[str, Any], tmp_path: Path) 
         {
             "out": tmp_path,
             "top": 7,
+            "variant": "qk",
+            "bound": 90,
+            "circuit": 40,
             "direction": "denoising",
             "sites": ("z", "mlp_out"),
             "positions": "named",

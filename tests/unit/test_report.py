@@ -27,7 +27,7 @@ from mechattr.labelled import Labelled
 from mechattr.models.plain import HookedPlain, plain_model
 from mechattr.models.plain_config import PlainConfig
 from mechattr.report import figures, html, summary, tables
-from mechattr.report.record import ARTIFACTS, FORMAT, RECORD, write
+from mechattr.report.record import ARTIFACTS, BOUND, CIRCUIT, FORMAT, RECORD, write
 from mechattr.report.results import Results, at_sites
 from mechattr.tasks import Task
 
@@ -87,7 +87,7 @@ def results(*, top: int = 10, tokens: list[str] = TOKENS, **changes: Any) -> Res
         "key": {
             "model": "toy", "weight_hash": "aa", "tokenizer_hash": "bb", "dtype": "float64", "task": "ioi",
             "task_hash": "cc", "direction": "noising", "sites": ["q", "z"], "positions": "aligned", "top": top,
-            "seed": 0,
+            "seed": 0, "variant": "max", "bound": 0, "circuit": 0,
         },
         "model": {"n_layers": N_LAYERS, "n_heads": N_HEADS, "family": "plain", "revision": None},
         "task": {
@@ -189,7 +189,7 @@ def test_tokens_and_reasons_are_escaped(folder: Path) -> None:
 
 def test_sections_are_numbered_without_gaps(folder: Path) -> None:
     text = (folder / "report.html").read_text(encoding="utf-8")
-    assert [int(n) for n in re.findall(r"<h2>(\d+)\. ", text)] == [1, 2, 3, 4, 5, 6]
+    assert [int(n) for n in re.findall(r"<h2>(\d+)\. ", text)] == [1, 2, 3, 4, 5, 6, 7]
     assert Page(text).tags.count("img") == 4
 
 
@@ -337,19 +337,29 @@ def task(model: HookedPlain) -> Task:
 
 @pytest.fixture(scope="module")
 def done(model: HookedPlain, task: Task, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return ma.report.localise(model, task, out=tmp_path_factory.mktemp("job") / "run", top=12, progress=False)
+    out = tmp_path_factory.mktemp("job") / "run"
+    return ma.report.localise(model, task, out=out, top=12, bound=3006, circuit=20, progress=False)
 
 
 def test_a_run_writes_all_its_files(done: Any) -> None:
     out = done.report_path.parent
-    expected = {"report.html", "table.csv", "pairs.jsonl", "figures", RECORD, *ARTIFACTS.values()}
+    expected = {
+        "report.html",
+        "table.csv",
+        "pairs.jsonl",
+        "figures",
+        RECORD,
+        *ARTIFACTS.values(),
+        *BOUND.values(),
+        *CIRCUIT.values(),
+    }
     assert {path.name for path in out.iterdir()} == expected
     drawn = {path.name for path in (out / "figures").iterdir()}
     assert drawn == {f"{name}.{kind}" for name in figures.figures(done.results) for kind in ("png", "svg")}
 
 
 def test_its_numbers_are_those_of_the_methods(done: Any, model: HookedPlain, task: Task) -> None:
-    atp = ma.attribution_patching(model, task, variant="atp", progress=False)
+    atp = ma.attribution_patching(model, task, progress=False)
     assert done.attribution.top(12) == atp.top(12)
     exact = ma.activation_patching(model, task, nodes=atp.top(12), progress=False)
     assert [row["component"] for row in done.table(12)] == [node.label for node in exact.top(12)]
@@ -358,6 +368,43 @@ def test_its_numbers_are_those_of_the_methods(done: Any, model: HookedPlain, tas
     whole = ma.activation_patching(model, task, sites=("z", "mlp_out"), positions="all", progress=False)
     for site, values in done.results.whole_exact.signed.items():
         torch.testing.assert_close(values.values, whole.signed[site].values, rtol=0, atol=0)  # the same computation
+
+
+def test_the_bound_and_the_circuit_are_those_of_the_methods(done: Any, model: HookedPlain, task: Task) -> None:
+    run = done.results
+    bound = ma.missed_effect_bound(model, task, verified=done.exact, budget=3006, progress=False)
+    assert run.bound.theta == bound.theta
+    assert (
+        run.bound.theta != ma.missed_effect_bound(model, task, verified=done.exact, budget=2800, progress=False).theta
+    )
+    edges = ma.edge_attribution(model, task, progress=False)
+    assert run.circuit.edges == edges.circuit(20).edges != edges.circuit(20, by="score").edges
+    kept = ma.faithfulness(model, task, edges, progress=False)
+    torch.testing.assert_close(run.faithfulness.values, kept.values, rtol=0, atol=0)  # the same computation
+    assert summary.capital(bound.summary) in done.summary
+    text = done.report_path.read_text(encoding="utf-8")
+    assert [name for name in re.findall(r"<h2>\d+\. ([^<]*)", text)][5:7] == [
+        "What may have been missed",
+        "Edges and circuit",
+    ]
+
+
+def test_a_bound_that_the_budget_is_too_small_for_says_so(model: HookedPlain, task: Task, tmp_path: Path) -> None:
+    done = ma.report.localise(model, task, out=tmp_path / "run", top=3, bound=20, progress=False)
+    text = done.report_path.read_text(encoding="utf-8")
+    assert "No bound with 99 % confidence" in text and "What may have been missed" in text
+    assert "bound.png" not in {path.name for path in (tmp_path / "run" / "figures").iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "least"), [("top", 0, 1), ("bound", -1, 0), ("circuit", True, 0), ("circuit", 2.0, 0)]
+)
+def test_a_number_that_is_no_count_is_refused(
+    model: HookedPlain, task: Task, tmp_path: Path, name: str, value: Any, least: int
+) -> None:
+    with pytest.raises(SettingError, match=f"localise with {name}={value!r}\n.*\n.*whole number from {least}"):
+        ma.report.localise(model, task, out=tmp_path / "run", **{name: value})
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_notebook_shows_the_answer_and_the_map(done: Any) -> None:
@@ -381,7 +428,7 @@ def test_the_command_names_all_settings(done: Any) -> None:
     assert options == {
         "--model": "plain", "--dtype": "float64", "--pairs": str(out / "pairs.jsonl"), "--metric": "logit_difference",
         "--seed": "0", "--sites": "q,k,v,z,mlp_post", "--positions": "aligned", "--direction": "noising", "--top": "12",
-        "--out": f"{out}-again",
+        "--variant": "max", "--bound": "3006", "--circuit": "20", "--out": f"{out}-again",
     }  # fmt: skip
 
 
@@ -389,14 +436,14 @@ def test_the_command_names_all_settings(done: Any) -> None:
 def test_a_finished_run_is_reused(
     model: HookedPlain, task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = ma.report.localise(model, task, out=tmp_path / "run", top=3, progress=False)
+    first = ma.report.localise(model, task, out=tmp_path / "run", top=3, bound=0, progress=False)
     before = first.report_path.read_bytes()
     monkeypatch.setattr(job, "attribution_patching", refuse)
     monkeypatch.setattr(job, "activation_patching", refuse)
-    again = ma.report.localise(model, task, out=tmp_path / "run", top=3, progress=False)
+    again = ma.report.localise(model, task, out=tmp_path / "run", top=3, bound=0, progress=False)
     assert again.report_path.read_bytes() == before
     with pytest.raises(Stop):
-        ma.report.localise(model, task, out=tmp_path / "other", top=3, progress=False)
+        ma.report.localise(model, task, out=tmp_path / "other", top=3, bound=0, progress=False)
 
 
 def test_rebuild_gives_the_same_bytes_without_a_model(done: Any) -> None:
@@ -446,8 +493,8 @@ def test_other_settings_are_refused_and_named(done: Any, model: HookedPlain, tas
 def test_a_folder_of_other_files_is_refused_and_kept(model: HookedPlain, task: Task, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("mine")
     with pytest.raises(OutputExistsError, match="1 files or folders that no localise wrote"):
-        ma.report.localise(model, task, out=tmp_path, top=2, progress=False)
-    made = ma.report.localise(model, task, out=tmp_path, top=2, overwrite=True, progress=False)
+        ma.report.localise(model, task, out=tmp_path, top=2, bound=0, progress=False)
+    made = ma.report.localise(model, task, out=tmp_path, top=2, bound=0, overwrite=True, progress=False)
     (tmp_path / "figures" / "old_map.png").write_bytes(b"")
     other = ma.report.localise(model, task, out=tmp_path, top=3, overwrite=True, positions="all", progress=False)
     assert (len(made.table(9)), len(other.table(9))) == (2, 3)
@@ -549,7 +596,7 @@ def test_a_folder_without_a_readable_run_is_refused(content: str | None, tmp_pat
 
 def test_the_record_is_plain_json(done: Any) -> None:
     record = json.loads((done.report_path.parent / RECORD).read_text(encoding="utf-8"))
-    assert set(record["seconds"]) == set(ARTIFACTS)
+    assert set(record["seconds"]) == {*ARTIFACTS, *BOUND, *CIRCUIT}
     assert record["task"]["samples"][0]["answers"] == [" Mary"]
     assert record["task"]["samples"][0]["differs"] == [6]
     assert record["task"]["spans"] == {"S2": [6, 7], "END": [8, 9]}

@@ -1,0 +1,212 @@
+"""A bound on what was missed: how large an effect can a node still have that nobody verified?
+
+An estimate ranks nodes, exact patching verifies the best of them, and this says what is left: random small subsets of
+all other nodes are patched together, and the difference in means with and without a node bounds its effect.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from mechattr.artifact import Attribution
+from mechattr.engines.subsampling import planned_looks
+from mechattr.engines.sweep import sweep
+from mechattr.errors import EmptyTaskError, SettingError
+from mechattr.labelled import Labelled
+from mechattr.models.base import HookedModel
+from mechattr.patching.bound_result import Bound
+from mechattr.patching.nodes import every_node, table_of
+from mechattr.patching.places import DEFAULT_SITES, Positions, direction_of, mode_of, node_sites, places_of
+from mechattr.patching.sampling import CHUNK, Sampling
+from mechattr.patching.sets import Sets
+from mechattr.patching.settings import provenance_of, settings_of
+from mechattr.patching.verified import agreed, among, verified_of
+from mechattr.sites import Node
+from mechattr.tasks.task import Task
+
+INCLUSIONS = 30  # expected inclusions of a node (in each pair where pairs are kept apart) within the default budget
+LEAST = 4  # samples: two with a node and two without
+
+
+def missed_effect_bound(
+    model: HookedModel,
+    task: Task,
+    *,
+    verified: Attribution | Sequence[Node],
+    sites: str | Sequence[str] = DEFAULT_SITES,
+    p: float = 0.01,
+    budget: int | None = None,
+    confidence: float = 0.99,
+    per_pair: bool = False,
+    target: float | None = None,
+    control: bool = True,
+    seed: int = 0,
+    direction: str | None = None,
+    positions: Positions | None = None,
+    batch_size: int | None = None,
+    progress: bool | None = None,
+    resume: Path | None = None,
+) -> Bound:
+    r"""Bounds the effects of all nodes that were not verified, by patching random subsets of them together.
+
+    Each sample takes a pair and a set S that holds every unverified node with probability p, patches S at once, and
+    measures $s = L(x \mid \mathrm{do}(S \leftarrow S(x'))) - L(x)$. With $\Delta_n$ the difference of the means of s
+    with and without node n, and Welch's standard error and degrees of freedom (the variance of the smaller group taken
+    to be at least that of the larger one),
+
+    $$\theta^* = \max_n \big(|\Delta_n| + t_{\nu_n, 1-\alpha}\,\mathrm{SE}_n\big), \qquad
+    p(\theta) = \max_n P\big(T_{\nu_n} \ge (\theta - |\Delta_n|)/\mathrm{SE}_n\big)$$
+
+    The samples of $\Delta$ are not s itself but s minus the sum over S of first-order estimates $\hat I_n$ (attribution
+    patching, pair by pair), and the mean estimate of n is added to $\Delta_n$ again: as nodes are drawn independently,
+    that changes no expectation, but most of the spread that the other nodes cause is gone.
+
+    What it says: with the given confidence no covered node has an effect above $\theta^*$, where an effect is averaged
+    over contexts in which each other unverified node is patched with probability p. Nodes that interact can have a
+    larger effect alone. Nodes whose activation is the same on both prompts of every pair have no effect and are left
+    out. Student's t is an approximation: it wants many samples with each node (30 by default) and many nodes in each
+    sample. So verify the largest effects first, and all of a small rest instead of bounding it.
+
+    With `per_pair=False` each sample draws its pair at random and |mean effect over pairs| is bounded: effects of
+    opposite sign cancel. With `per_pair=True` samples take the pairs in turn, statistics are kept for each pair, and
+    mean |effect| is bounded: by mean over pairs of $|\Delta|$ plus t times the standard error of mean $\Delta$. That
+    holds because, with the true signs, the mean of the signed differences is unbiased and never above it.
+
+    Args:
+        model: a hooked model.
+        task: prompt pairs with a metric.
+        verified: exact effects, the result of `activation_patching(nodes=...)`, or a list of nodes.
+        sites: short names; the bound covers every node of these that was not verified.
+        p: probability that a node is patched in a sample.
+        budget: forward passes to spend at most, the three of each pair (two without `control`) included. By default so
+            many that a node is expected in 30 samples (with `per_pair` in each pair): 30/p samples.
+        confidence: probability, at least, with which the bound holds.
+        per_pair: bound the mean over pairs of |effect| instead of |mean effect|.
+        target: stop early when $\theta^*$ is at most this. The bound is then looked at after a half, a quarter, ... of
+            the samples, as far as a node is expected 8 times by then; each of these J looks, planned before, has error
+            probability $(1 - \text{confidence})/J$, so that looking does not spoil the confidence.
+        control: use first-order estimates as a control variate. The bound is valid with any estimates, and tight with
+            good ones.
+        seed: of the samples.
+        direction: `"noising"` or `"denoising"`; by default that of `verified`, else noising.
+        positions: `"aligned"`, `"named"` or `"all"`; by default those of `verified`, else the task's default.
+        batch_size: rows of a forward pass, about 4096 tokens' worth unless given.
+        progress: `None` shows a bar on a terminal only.
+        resume: a journal; a run that was killed goes on from it and returns the same result.
+
+    Returns:
+        The bound. `theta` is infinite where the budget gave a node fewer than two samples.
+
+    Raises:
+        SettingError: an unusable `p`, `budget`, `confidence`, `target` or `seed`; estimates as `verified`; another
+            direction or other positions than those of `verified`; nodes that do not exist.
+        MismatchError: `verified` belongs to another model or task.
+        UnknownSiteError: a site that this model does not have.
+        UnknownNameError: no such direction or kind of positions.
+        AlignmentError: positions that are not comparable across the pairs.
+        EmptyTaskError: no pairs.
+        NonFiniteError: a sample whose metric is NaN or infinite.
+        OutputExistsError: the journal belongs to another run.
+
+    Cost:
+        2 forward passes a pair and at most one a sample, whatever the number of nodes; with `control` 1 forward and 1
+        backward pass more a pair.
+
+    References:
+        Kramár et al. 2024, AtP*, arXiv:2403.00745 (the diagnostic); Welch 1947, Biometrika 34.
+    """
+    if not len(task):
+        raise EmptyTaskError("a bound on missed effects", "a task without pairs", "give at least one pair")
+    own = (3 if control else 2) * len(task)
+    strata = len(task) if per_pair else 1
+    _check(p, confidence, target, seed, budget, own)
+    shorts = node_sites(model, sites)
+    known = verified_of(model, task, verified, shorts, per_pair)
+    way = direction_of(agreed("direction", direction, known.direction) or "noising")
+    mode = mode_of(task, agreed("positions", positions, known.positions))
+    table = every_node(model, shorts, places_of(task, mode))
+    done = torch.zeros(len(table), dtype=torch.bool)
+    if known.nodes:
+        done = among(table, table_of(model, task, known.nodes, mode)[0])
+    sets = Sets(model, task, table, mode, way, batch_size=batch_size)
+    moved = sets.moved.any(0)
+    free = (moved & ~done).nonzero()[:, 0]
+
+    recommended = math.ceil(INCLUSIONS / p) * strata
+    samples = recommended if budget is None else budget - own
+    run = Sampling(sets, free, p, seed, samples if len(free) else 0, per_pair=per_pair, control=control)
+    extra = 0 if run.estimates is None else len(task)
+    sizes = [samples] if target is None else planned_looks(samples, p / strata)
+    looks = sorted({min(samples, -(-size // CHUNK) * CHUNK) for size in sizes})
+    key = {
+        "task": task.hash(),
+        "direction": way,
+        "nodes": table.hash(),
+        "unverified": hashlib.sha256(free.numpy().tobytes()).hexdigest(),
+        "rows": sets.rows,
+        "samples": {"p": p, "seed": seed, "per_pair": per_pair, "n": samples},
+        **model.fingerprint(),
+    }
+    taken = 0
+    for size in looks if len(free) else []:
+        found = sweep(
+            [range(-(-size // CHUNK))], run.compute, n_groups=1, key=key, resume=resume, progress=progress,
+            label="bound on missed effects",
+        )  # fmt: skip
+        run.take(found)
+        taken += 1
+        if target is not None and float(run.contrast().upper((1 - confidence) / len(looks)).max()) <= target:
+            break
+    settings = settings_of(
+        task,
+        method="missed_effect_bound",
+        direction=way,
+        sites=shorts,
+        positions=mode,
+        base=sets.base_metric.tolist(),
+        source=None if sets.source_metric is None else sets.source_metric.tolist(),
+        passes=(float(sets.forward + extra + run.rows), float(extra)),
+        trivial=int((~moved & ~done).sum()),
+        n_nodes=len(table),
+        n_verified=int(done.sum()),
+        n_covered=len(free),
+        p=p,
+        confidence=confidence,
+        per_pair=per_pair,
+        control=control,
+        target=target,
+        seed=seed,
+        samples=sum(map(len, run.values)),
+        budget=budget,
+        budget_needed=own + recommended,
+        looks_planned=len(looks),
+        looks_taken=taken,
+    )
+    tensors = run.labelled()
+    if known.effects is not None and len(known.effects):
+        tensors["verified"] = Labelled(known.effects.sort(descending=True).values, ("rank",))
+    return Bound(tensors, settings=settings, provenance=provenance_of(model, task))
+
+
+def _check(p: float, confidence: float, target: float | None, seed: int, budget: int | None, own: int) -> None:
+    for name, value, low, high in (
+        ("p", p, 0.0, 1.0),
+        ("confidence", confidence, 0.5, 1.0),
+        ("target", target, 0.0, math.inf),
+    ):
+        if value is None and name == "target":
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low < value < high:
+            raise SettingError(f"{name}={value!r}", "it is out of range", f"give a number between {low:g} and {high:g}")
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise SettingError(f"seed={seed!r}", "no seed", "give a whole number from 0")
+    if budget is None:
+        return
+    if isinstance(budget, bool) or not isinstance(budget, int) or budget < own + LEAST:
+        found = f"{own} passes for the prompts themselves and at least {LEAST} samples are needed"
+        raise SettingError(f"budget={budget!r}", found, f"give a whole number from {own + LEAST}, or None")
