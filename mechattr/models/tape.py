@@ -71,7 +71,7 @@ class Tape:
         if at is None:
             if self._value is None or not self._value.requires_grad:  # the metric does not depend on any site
                 return
-            roots, gradients = [self._value.sum()], None
+            roots, gradients = [self._value], [torch.ones_like(self._value)]
         else:
             roots, gradients = [self._nodes[name] for name in at], list(at.values())
         handles = [x.register_hook(partial(_hand_over, visit, name, x.detach())) for name, x in self._nodes.items()]
@@ -86,7 +86,8 @@ class Tape:
         if self._value is None or not self._value.requires_grad:
             return {name: torch.zeros_like(x) for name, x in self._nodes.items()}
         self._open = False
-        found = torch.autograd.grad(self._value.sum(), list(self._nodes.values()), allow_unused=True)
+        ones = torch.ones_like(self._value)
+        found = torch.autograd.grad(self._value, list(self._nodes.values()), ones, allow_unused=True)
         pairs = zip(self._nodes.items(), found, strict=True)
         return {name: torch.zeros_like(x) if g is None else g for (name, x), g in pairs}
 

@@ -129,14 +129,15 @@ def _mlp(parts: dict[str, nn.Module], short: str, fused: bool) -> Tensor | None:
         return matrix(parts["down"])
     if short == "b_out":
         return _bias(parts["down"])
-    if fused and short in ("W_gate", "W_in"):
-        return matrix(parts["gate"]).chunk(2, -1)[("W_gate", "W_in").index(short)]
+    if fused and short[2:] in ("gate", "in"):
+        whole = matrix(parts["gate"]) if short[0] == "W" else _bias(parts["gate"])
+        return whole.chunk(2, -1)[("gate", "in").index(short[2:])]
     if short in ("W_gate", "b_gate") and "up" in parts:
         return matrix(parts["gate"]) if short == "W_gate" else _bias(parts["gate"])
     entering = parts.get("up") or parts["gate"]
     if short == "W_in":
         return matrix(entering)
-    return _bias(entering) if short == "b_in" and not fused else None
+    return _bias(entering) if short == "b_in" else None
 
 
 def _norm(module: nn.Module, short: str) -> Tensor:

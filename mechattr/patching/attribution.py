@@ -1,19 +1,21 @@
-"""Attribution patching: every node's effect estimated from two forward passes and one backward pass.
+"""Attribution patching: every node's effect estimated from two forward passes and a few backward passes.
 
 1. Run the source prompt and keep the activations of all nodes.
 2. Run the base prompt with gradients of the metric.
-3. As the backward pass reaches a site, take the dot product of its gradient with the change of its activation, and let
-   both go.
+3. As the backward pass reaches a site, take the dot product of its gradient with the change of its activation.
 4. Take absolute values pair by pair, then average.
 
 It is exact where the metric is linear in the node. It misleads where attention is saturated (the softmax is flat there)
-and where paths of opposite sign cancel to first order; the exact check of the best nodes (`activation_patching`) shows
-how far it can be trusted.
+and where paths of opposite sign cancel to first order. Variants mend both: queries and keys go through the softmax
+(`mechattr.patching.qk`), and more backward passes, each without one of the paths (`mechattr.patching.drops`) or from
+another point, show what cancels. The exact check of the best nodes (`activation_patching`) shows how far it can be
+trusted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import torch
@@ -22,10 +24,11 @@ from tqdm.auto import tqdm
 
 from mechattr.artifact import Attribution, Cache
 from mechattr.engines.halving import Halving
-from mechattr.errors import EmptyTaskError, NonFiniteError, UnknownNameError, nearest
+from mechattr.errors import EmptyTaskError, NonFiniteError
 from mechattr.labelled import Labelled
 from mechattr.models.base import HookedModel
 from mechattr.models.rules import Rules
+from mechattr.patching.effects import Effects, plan_of
 from mechattr.patching.places import (
     DEFAULT_SITES,
     Places,
@@ -35,17 +38,16 @@ from mechattr.patching.places import (
     mode_of,
     node_axes,
     node_sites,
-    per_node,
     places_of,
     rows_at_once,
     taken_at,
 )
 from mechattr.patching.settings import provenance_of, settings_of
 from mechattr.patching.source import source_of
+from mechattr.patching.variants import DEFAULT_VARIANT, Variant, variant_of
 from mechattr.sites import SITES, parse
 from mechattr.tasks.task import Task
 
-VARIANTS = ("atp",)
 PAIRS_AT_ONCE = 16
 
 
@@ -54,7 +56,8 @@ def attribution_patching(
     task: Task,
     *,
     sites: str | Sequence[str] = DEFAULT_SITES,
-    variant: str = "atp",
+    variant: str = DEFAULT_VARIANT,
+    unit: str = "block",
     direction: str = "noising",
     positions: Positions | None = None,
     rules: Rules | None = None,
@@ -69,15 +72,33 @@ def attribution_patching(
     \quad \text{signed}(n) = \mathbb E_{\text{pairs}} \hat I(n)$$
 
     with $x$ the base prompt (clean under noising, corrupt under denoising) and $x'$ the other. A node that spans
-    several positions sums its dot products before the absolute value is taken. Differences and dot products are taken
-    in float32 or wider.
+    several positions sums its dot products before the absolute value is taken. Everything is added up in float32 or
+    wider. Variants, where *QK* takes queries and keys through the softmax:
+
+    | variant | score of a pair | passes besides those of `"atp"`, with L blocks |
+    |---|---|---|
+    | `"atp"` | magnitude of the estimate | |
+    | `"qk"` | the same, with QK | |
+    | `"graddrop"` | mean magnitude over drops | (L - 1) / 2 backward |
+    | `"star"` | the same, with QK: AtP* | (L - 1) / 2 backward |
+    | `"max"` | the larger of `"qk"` and `"star"` | (L - 1) / 2 backward |
+    | `"two_point"` | the larger of `"qk"` and the same with gradients at a second point | 1 forward, 1 backward |
+    | `"hedged"` | the larger of `"two_point"` and `"star"` | 1 forward, (L + 1) / 2 backward |
+
+    A drop holds one block's write to the residual stream fixed and keeps the skip path; the mean leaves out the drop of
+    the node's own block, from which nothing comes through. The second point is the base run with its token embeddings
+    moved a quarter of the way (`settings["alpha"]`) to the source prompt's. `signed` is always the estimate of the base
+    run, with QK where the variant has it.
 
     Args:
         model: a hooked model.
         task: prompt pairs with a metric.
         sites: short names. `q` and `k` are taken after rotary embedding and norms, where their exact effect is the
             same.
-        variant: `"atp"`.
+        variant: see the table. Where GradDrop is undefined (a network with a single write, norms on the residual
+            stream), `"max"` and `"hedged"` leave it out and say so in `settings["graddrop"]`.
+        unit: what a drop holds: `"block"` (attention and MLP together) or `"sublayer"` (one of them), which about
+            doubles the drops.
         direction: `"noising"` puts corrupt activations into the clean run, `"denoising"` clean ones into the corrupt
             run.
         positions: `"aligned"` (each position), `"named"` (spans) or `"all"` (merged); by default each position where
@@ -90,26 +111,28 @@ def attribution_patching(
 
     Returns:
         `scores[site]` and `signed[site]`, axes `layer`, `pos` (unless merged), and `head`, `kv_head` or `neuron`; in
-        the metric's unit.
+        the metric's unit. Pairs of identical prompts (`settings["n_identical_pairs"]`) score zero.
 
     Raises:
         UnknownSiteError: a site that this model does not have.
-        UnknownNameError: no such variant, direction or kind of positions.
+        UnknownNameError: no such variant, unit, direction or kind of positions.
         AlignmentError: positions that are not comparable across the pairs.
         EmptyTaskError: no pairs.
         MismatchError: `source` does not belong to this model and task, or lacks a site.
         NonFiniteError: the gradient overflows in a narrow dtype.
-        SettingError: an unusable `batch_size`.
+        SettingError: an unusable `batch_size`, `unit` for a variant that drops nothing, or `"graddrop"` or `"star"` on
+            a network with a single write.
+        UnsupportedFeatureError: `"graddrop"` or `"star"` on a model whose norms act on the residual stream.
 
     Cost:
-        2 forward passes (1 with `source`) and 1 backward pass a pair, for all nodes together. Peak memory: the source
-        activations of one batch and the graph of one run.
+        2 forward passes (1 with `source`) and 1 backward pass a pair, for all nodes together, and what the table adds:
+        a drop's backward pass walks through the blocks below it only. Peak memory: the source activations of one batch
+        and the graph of one run; with the QK fix one more pattern a layer.
 
     References:
-        Nanda 2023, Attribution Patching; Kramár et al. 2024, arXiv:2403.00745, equations 4 and 5.
+        Nanda 2023, Attribution Patching; Kramár et al. 2024, AtP*, arXiv:2403.00745 (equations 4 to 12).
     """
-    if variant not in VARIANTS:
-        raise UnknownNameError(f"variant {variant!r}", "no such variant", nearest(variant, VARIANTS))
+    chosen, _, left_out = variant_of(model.info, model.sites(), variant, unit)
     if not len(task):
         raise EmptyTaskError("attribution patching", "a task without pairs", "give at least one pair")
     way = direction_of(direction)
@@ -118,84 +141,73 @@ def attribution_patching(
     places = places_of(task, mode)
     halving = Halving(rows_at_once(batch_size, PAIRS_AT_ONCE))
     base, other = base_and_source(task, way)
-    sums = _Sums(model, shorts, places)
-    there = source_of(model, other, task.metric, sums.names, source)
+    sums = _Sums(model, shorts, places, chosen)
+    plan = plan_of(model, sums.names, variant, unit, rules)
+    there = source_of(model, other, task.metric, plan.source, source)
 
     def some(pairs: Sequence[int]) -> list[tuple[float, float | None]]:
         """Adds the effects of some pairs to the sums; returns the metric of each pair on both runs."""
         activations, metric = there.rows(pairs)
-        sums.begin(activations, places.rows(pairs))
-        run = model.run(base.rows(pairs), gradients=sums.names, metric=task.metric, rules=rules, visit=sums.visit)
-        sums.finish()
+        effects = Effects(plan, model, base.rows(pairs), places.rows(pairs), activations).run(task.metric)
+        sums.add(effects)
         bar.update(len(pairs))
-        assert run.metric is not None  # a metric was given
-        return list(zip(run.metric.tolist(), [None] * len(pairs) if metric is None else metric.tolist(), strict=True))
+        found = effects.metric.tolist()
+        return list(zip(found, [None] * len(pairs) if metric is None else metric.tolist(), strict=True))
 
     with tqdm(total=len(task), desc="attribution", disable=None if progress is None else not progress) as bar:
         metrics = halving(range(len(task)), some)
     n = len(task)
+    forward, backward = plan.passes
     settings = settings_of(
         task,
         method="attribution_patching",
         variant=variant,
+        unit=unit if plan.drops else None,
+        alpha=plan.alphas[0] if plan.alphas else None,
+        graddrop=left_out,
         direction=way,
         sites=shorts,
         positions=mode,
-        rules=None if rules is None else {"norm": rules.norm, "hold": sorted(rules.hold)},
+        rules=None if rules is None else {**asdict(rules), "hold": sorted(rules.hold)},
         base=[value for value, _ in metrics],
         source=[value for _, value in metrics if value is not None] or None,
         source_sha256=there.digest,
-        passes=(float(n * (1 + there.forward)), float(n)),
+        passes=(n * (forward + there.forward), n * backward),
         trivial=sums.trivial(),
+        n_identical_pairs=int(((base.tokens == other.tokens) | ~base.mask).all(1).sum()),
     )
     return Attribution(sums.tables(n), settings=settings, provenance=provenance_of(model, task))
 
 
 class _Effect(NamedTuple):
-    """Of one site, over pairs: the sum of |effect|, the sum of effects, and whether the node ever changes."""
+    """Of one site, over pairs: the sum of scores, the sum of effects, and whether the node ever changes."""
 
-    magnitude: Tensor
+    score: Tensor
     signed: Tensor
-    moved: Tensor
+    differs: Tensor
 
     def plus(self, other: _Effect) -> _Effect:
-        return _Effect(self.magnitude + other.magnitude, self.signed + other.signed, self.moved | other.moved)
+        return _Effect(self.score + other.score, self.signed + other.signed, self.differs | other.differs)
 
 
 class _Sums:
-    """The effects of all sites, filled while backward passes go by.
+    """The effects of all sites, batch by batch; one that runs out of memory does not count and is repeated in parts."""
 
-    A batch counts once it is finished, so that one that runs out of memory can be repeated in parts.
-    """
-
-    def __init__(self, model: HookedModel, shorts: Sequence[str], places: Places) -> None:
-        self.merged, self.labels = places.merged, places.labels
+    def __init__(self, model: HookedModel, shorts: Sequence[str], places: Places, variant: Variant) -> None:
+        self.merged, self.labels, self.variant = places.merged, places.labels, variant
         self.full = {short: taken_at(model, short) for short in shorts}
         self.names = tuple(dict.fromkeys(name for names in self.full.values() for name in names))
         self.total: dict[str, _Effect] = {}
 
-    def begin(self, source: dict[str, Tensor], places: Places) -> None:
-        self.source, self.places = source, places
-        self.batch: dict[str, _Effect] = {}
-
-    def visit(self, name: str, activation: Tensor, gradient: Tensor) -> None:
-        """What the backward pass brings to one site; its source activation is let go."""
-        wide = torch.promote_types(activation.dtype, torch.float32)
-        change = self.source.pop(name).to(wide) - activation.to(wide)
-        moved = self.places.gather(per_node(name, (change != 0).to(wide))) != 0
-        effect = self.places.gather(per_node(name, change * gradient.to(wide)))
-        self.batch[name] = _Effect(effect.abs().sum(0), effect.sum(0), moved.any(0))
-
-    def finish(self) -> None:
-        """Adds a batch. Sites that no path connects with the metric were not visited: their effect is zero."""
-        for name, activation in list(self.source.items()):
-            self.visit(name, activation, torch.zeros_like(activation))
-        for name, effect in self.batch.items():
+    def add(self, effects: Effects) -> None:
+        for name in self.names:
+            score, signed = effects.scores(name, self.variant)
+            effect = _Effect(score.sum(0), signed.sum(0), effects.differs[name].any(0))
             self.total[name] = self.total[name].plus(effect) if name in self.total else effect
 
     def trivial(self) -> int:
         """Nodes whose activation is the same on both prompts of every pair."""
-        return sum(int((~self.total[name].moved).sum()) for names in self.full.values() for name in names)
+        return sum(int((~self.total[name].differs).sum()) for names in self.full.values() for name in names)
 
     def tables(self, n: int) -> dict[str, Labelled]:
         """Means over `n` pairs by site.
@@ -210,7 +222,7 @@ class _Sums:
             if SITES[short].layered:
                 coords["layer"] = [parse(name)[1] for name in names]
             for kind, parts in (
-                ("score", [self.total[name].magnitude for name in names]),
+                ("score", [self.total[name].score for name in names]),
                 ("signed", [self.total[name].signed for name in names]),
             ):
                 _check_finite(dict(zip(names, parts, strict=True)))

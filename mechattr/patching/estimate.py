@@ -12,7 +12,9 @@ import torch
 from mechattr.artifact import Cache
 from mechattr.errors import EmptyTaskError, SettingError, UnknownNameError, nearest
 from mechattr.models.base import HookedModel
-from mechattr.patching import activation, attribution
+from mechattr.patching import attribution
+from mechattr.patching.effects import Plan, plan_of
+from mechattr.patching.interventions import PAIRS_AT_ONCE, rows_of, share_of
 from mechattr.patching.nodes import table_of
 from mechattr.patching.places import (
     DEFAULT_SITES,
@@ -27,6 +29,7 @@ from mechattr.patching.places import (
     taken_at,
 )
 from mechattr.patching.source import shape_of, source_of
+from mechattr.patching.variants import DEFAULT_VARIANT
 from mechattr.sites import SITES, Node, full_name, parse
 from mechattr.tasks.task import Task
 
@@ -84,6 +87,8 @@ def estimate(
     *,
     sites: str | Sequence[str] = DEFAULT_SITES,
     nodes: Sequence[Node] | None = None,
+    variant: str | None = None,
+    unit: str = "block",
     direction: str = "noising",
     positions: Positions | None = None,
     source: Cache | None = None,
@@ -99,8 +104,9 @@ def estimate(
     pairs on both prompts and the residual stream before each block that is patched, for attribution patching those
     of a batch on the source prompt. To this comes one run. With a backward pass it is taken to keep every site of the
     model once, except `result`, with scores and patterns in float32 or wider, and the logits twice: more than autograd
-    keeps, up to four times as much with fused attention. Without one, the same of a single block. Tables of
-    scores and what a metric makes are not counted.
+    keeps, up to four times as much with fused attention. Without one, the same of a single block. Variants of
+    attribution patching with several backward passes keep changes, and with the QK fix a pattern, between them. Tables
+    of scores and what a metric makes are not counted.
 
     Args:
         model: a hooked model.
@@ -108,14 +114,16 @@ def estimate(
         method: `"activation_patching"` or `"attribution_patching"`.
         sites: short names.
         nodes: these nodes only; exact patching alone has this setting.
+        variant: of attribution patching alone; its default unless given.
+        unit: of the variants that drop writes.
         direction: noising or denoising.
         positions: `"aligned"`, `"named"` or `"all"`.
         source: a recording that takes the place of the source run.
         batch_size: as the method takes it; memory grows with it.
 
     Raises:
-        UnknownNameError: another method, direction or kind of positions.
-        SettingError: `nodes` for attribution patching, or what the method itself refuses.
+        UnknownNameError: another method, variant, unit, direction or kind of positions.
+        SettingError: `nodes` for attribution patching, `variant` for exact patching, or what the method itself refuses.
         UnknownSiteError, AlignmentError, EmptyTaskError, MismatchError: as the method raises them.
 
     Cost:
@@ -126,28 +134,33 @@ def estimate(
     exact = method == "activation_patching"
     if nodes is not None and not exact:
         raise SettingError(f"nodes= for {method}", "it scores whole sites", "name sites, or use activation_patching")
+    if variant is not None and exact:
+        raise SettingError(f"variant= for {method}", "it has no variants", "leave it out, or use attribution_patching")
     if not len(task):
         raise EmptyTaskError(f"to estimate {method}", "a task without pairs", "give at least one pair")
     base, other = base_and_source(task, direction_of(direction))
     names, counts = _nodes(model, task, sites, nodes, positions)
-    runs = 1 + source_of(model, other, task.metric, names, source).forward  # of each pair, before any intervention
     memory = _Memory(model, base.tokens.shape[1])
     if not exact:
+        plan = plan_of(model, names, variant or DEFAULT_VARIANT, unit)
+        source_run = source_of(model, other, task.metric, plan.source, source)
         pairs = min(len(task), rows_at_once(batch_size, attribution.PAIRS_AT_ONCE))
+        forward, backward = plan.passes
         return Estimate(
             method=method,
-            forward=float(len(task) * runs),
-            backward=float(len(task)),
+            forward=len(task) * (forward + source_run.forward),
+            backward=len(task) * backward,
             nodes=counts.total(),
-            recorded=memory.recorded(names, pairs),
-            working=memory.working(model.sites(), pairs),
+            recorded=memory.recorded(plan.source, pairs),
+            working=memory.working(model.sites(), pairs) + memory.between(plan, pairs),
             at_most=False,
         )
-    rows = activation.rows_of(base, batch_size)
-    pairs = min(len(task), rows, activation.PAIRS_AT_ONCE)
+    runs = 1 + source_of(model, other, task.metric, names, source).forward  # of each pair, before any intervention
+    rows = rows_of(base, batch_size)
+    pairs = min(len(task), rows, PAIRS_AT_ONCE)
     stream = [full_name("resid_pre", layer) for layer in counts if layer is not None]
     most = max(pairs, min(rows, pairs * max(counts.values())))
-    each = sum(n * activation.share_of(layer, model.info.n_layers) for layer, n in counts.items())
+    each = sum(n * share_of(layer, model.info.n_layers) for layer, n in counts.items())
     return Estimate(
         method=method,
         forward=len(task) * (runs + each),
@@ -201,6 +214,17 @@ class _Memory:
         kept = [name for name in names if parse(name)[0] != "result"]
         logits = self.width * rows * self.columns * self.info.d_vocab
         return self.recorded(kept, rows, wide=("attn_scores", "pattern")) + 2 * logits
+
+    def between(self, plan: Plan, rows: int) -> int:
+        """What the passes of an estimate keep for one another: changes, gradients to restart from, and the QK fix."""
+        again = bool(plan.drops or plan.alphas)
+        one = ("attn_scores", "z", "z", "z")
+        fixed = list(plan.fixed)[: None if again else 1]
+        total = self.recorded([full_name(short, layer) for layer in fixed for short in one], rows, wide=one)
+        if again:
+            shorts = [parse(name)[0] for name in plan.linear]
+            total += self.recorded(plan.linear, rows, wide=shorts) + self.recorded(plan.restarts, rows)
+        return total
 
 
 def _size(number: int) -> str:

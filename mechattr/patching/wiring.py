@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mechattr.errors import MismatchError, UnknownNameError, UnsupportedFeatureError
+from mechattr.errors import MismatchError, UnsupportedFeatureError
 from mechattr.models.base import HookedModel
 from mechattr.patching.graph import Graph
 from mechattr.sites import full_name
@@ -116,19 +116,12 @@ class Wiring:
             return inputs[:, 0]
         norm = self.model.norm(readers.norm)
         y = (inputs if norm is None else norm(inputs)).to(inputs.dtype)
-        w, b = self.model.weight(readers.weight), self._bias(readers.bias)
+        w, b = self.model.weight(readers.weight), self.model.weight(readers.bias)
         if w.ndim == 2:
             return y[:, 0] @ w + b
         if isinstance(which, int):
             return y[:, 0] @ w[which] + b[which]
         return torch.einsum("bhtd,hde->bthe", y, w[which]) + b[which]
-
-    def _bias(self, name: str) -> Tensor:
-        """A bias; zero where a family has no such parameter."""
-        try:
-            return self.model.weight(name)
-        except UnknownNameError:
-            return self.model.weight(name.replace(".b_", ".W_")).new_zeros(())
 
     def rows(self, width: int) -> int:
         """How many rows of so many columns run together."""

@@ -146,13 +146,11 @@ def test_named_weights_reproduce_the_parts_of_a_block(family):
     elif middle not in seen:
         middle = p + "hook_resid_mid"
     pre = seen[middle] @ model.weight(p + ("mlp.W_gate" if model.info.gated else "mlp.W_in"))
-    if family != "phi3":
-        pre = pre + model.weight(p + ("mlp.b_gate" if model.info.gated else "mlp.b_in"))
+    pre = pre + model.weight(p + ("mlp.b_gate" if model.info.gated else "mlp.b_in"))
     close(pre, seen[p + "mlp.hook_pre"], 1e-5)
     post = ACTIVATION.get(family, F.silu)(pre)
     if model.info.gated:
-        linear = seen[middle] @ model.weight(p + "mlp.W_in")
-        linear = linear if family == "phi3" else linear + model.weight(p + "mlp.b_in")
+        linear = seen[middle] @ model.weight(p + "mlp.W_in") + model.weight(p + "mlp.b_in")
         close(linear, seen[p + "mlp.hook_pre_linear"], 1e-5)
         post = post * linear
     close(post, seen[p + "mlp.hook_post"], 1e-5)

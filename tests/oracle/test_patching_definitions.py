@@ -47,7 +47,7 @@ def test_on_a_linear_network_the_estimate_is_the_exact_effect_at_every_site(posi
     model = plain("linear")
     task = pairs_task(model)
     settings = {"sites": shorts(model), "positions": positions, "direction": direction}
-    estimate = ma.attribution_patching(model, task, **settings)
+    estimate = ma.attribution_patching(model, task, variant="atp", **settings)
     exact = ma.activation_patching(model, task, **settings)
     assert not {"q", "k"} & set(estimate.scores)
     assert max(float(table.values.abs().max()) for table in exact.scores.values()) > 0.1
@@ -68,7 +68,7 @@ def test_v_and_z_are_exact_below_a_fixed_pattern_and_q_is_not() -> None:
     model = plain_model(PlainConfig.attention_only(n_layers=1))
     task = pairs_task(model, changed=(1, 2, 4))  # at the last position too, the only query that the metric reads
     sites = ("q", "v", "z", "result", "attn_out", "pattern")
-    estimate = ma.attribution_patching(model, task, sites=sites)
+    estimate = ma.attribution_patching(model, task, variant="atp", sites=sites)
     exact = ma.activation_patching(model, task, sites=sites)
     for site in sites[1:]:
         torch.testing.assert_close(estimate.signed[site].values, exact.signed[site].values, **ROUNDING)
@@ -82,7 +82,8 @@ def test_attribution_patching_follows_its_definition(kind: str, positions: str) 
     task = pairs_task(model)
     nodes = all_nodes(model, task, shorts(model), positions)
     for direction in DIRECTIONS:
-        found = ma.attribution_patching(model, task, sites=shorts(model), positions=positions, direction=direction)
+        how = {"positions": positions, "direction": direction}
+        found = ma.attribution_patching(model, task, variant="atp", sites=shorts(model), **how)
         assert sum(table.values.numel() for table in found.scores.values()) == len(set(nodes))
         effects = atp_effects(model, task, nodes, positions=positions, direction=direction)
         torch.testing.assert_close(values(found, nodes), means(effects), **ROUNDING)
@@ -93,7 +94,7 @@ def test_the_check_of_attribution_patching_rejects(wrong: str) -> None:
     model = plain("gpt2_like")
     task = pairs_task(model)
     nodes = all_nodes(model, task, ("z", "mlp_post"), "named")
-    found = ma.attribution_patching(model, task, sites=("z", "mlp_post"), positions="named")
+    found = ma.attribution_patching(model, task, variant="atp", sites=("z", "mlp_post"), positions="named")
     with pytest.raises(AssertionError):
         torch.testing.assert_close(
             values(found, nodes),
@@ -140,7 +141,7 @@ def test_both_methods_follow_their_definitions_on_transformers_models(family: st
     order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(1)).tolist()
     # twelve nodes of every site, so that each site's axes and layout are tried
     chosen = [n for site in shorts(model) for n in [everything[i] for i in order if everything[i].site == site][:12]]
-    atp = ma.attribution_patching(model, task, sites=shorts(model))
+    atp = ma.attribution_patching(model, task, variant="atp", sites=shorts(model))
     exact = ma.activation_patching(model, task, nodes=chosen)
     tolerance = {"rtol": 0, "atol": 1e-5 * bigness(model, task)}  # float32 rounding grows with the logits
     torch.testing.assert_close(values(exact, chosen), means(exact_effects(model, task, chosen)), **tolerance)
@@ -156,7 +157,7 @@ def test_the_estimate_is_the_exact_effect_to_first_order(kind: str) -> None:
     task = pairs_task(model, (4,))
     everything = all_nodes(model, task, shorts(model), "aligned")
     nodes = [node for i, node in enumerate(everything) if i % 7 == 0]
-    found = values(ma.attribution_patching(model, task, sites=shorts(model)), nodes)[1]
+    found = values(ma.attribution_patching(model, task, variant="atp", sites=shorts(model)), nodes)[1]
     names = list({full(model, node) for node in nodes})
     here, there = (model.run(batch, record=names).activations for batch in (task.clean, task.corrupt))
     step, slopes = 1e-4, []

@@ -16,9 +16,10 @@ from mechattr.errors import EmptyTaskError, MismatchError, SettingError, Unknown
 from mechattr.models import Batch, HookedHF, record
 from mechattr.models.base import Run
 from mechattr.patching import Estimate
+from mechattr.patching.estimate import METHODS
+from mechattr.patching.variants import VARIANTS
 from mechattr.sites import Node
 
-METHODS = tuple(ma.METHODS)  # each row of the table can be estimated
 # Prompts that differ from the first token on, so that no activation is the same on both, and others.
 EVERY, LATE = (0, 1, 2, 3, 4), (2,)
 SETTINGS: tuple[dict[str, Any], ...] = (
@@ -109,6 +110,24 @@ def test_recorded_bytes_are_those_of_what_is_recorded(
     assert few.recorded == (2 * z + stream if method == "activation_patching" else z)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_cost_what_they_then_count(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = hf("llama")
+    task = pairs_task(model)
+    units = ("block", "sublayer") if "dropped" in VARIANTS[variant].parts else ("block",)
+    for unit in units:
+        how: dict[str, Any] = {"sites": ("q", "k", "z"), "positions": "all", "variant": variant, "unit": unit}
+        told = ma.estimate(model, task, "attribution_patching", **how)
+        with monkeypatch.context() as patch:
+            sizes = watched(model, patch)
+            spent = ma.attribution_patching(model, task, **how)
+        assert (told.forward, told.backward) == spent.passes
+        assert told.recorded == max(sizes)  # the second point reads the source prompt's embeddings, too
+    plainly = ma.estimate(model, task, "attribution_patching", sites=("q", "k", "z"), positions="all", variant="atp")
+    assert (told.working > plainly.working) == (variant != "atp")
+    assert (told.recorded > plainly.recorded) == ("moved" in VARIANTS[variant].parts)
+
+
 def saved(model: HookedHF, batch: Batch) -> int:
     """Bytes that autograd keeps for the backward pass of a run, weights left out."""
     weights = {tensor.untyped_storage().data_ptr() for tensor in model.model.state_dict().values()}
@@ -134,7 +153,7 @@ def test_a_graph_is_no_larger_than_told(family: str, dtype: torch.dtype) -> None
     model = HookedHF(families.model(family, dtype))
     model.model.requires_grad_(False)
     task = pairs_task(model, (30,) * 4)
-    told = ma.estimate(model, task, "attribution_patching").working
+    told = ma.estimate(model, task, "attribution_patching", variant="atp").working
     kept = saved(model, task.clean)
     assert kept <= told <= 4 * kept
     # control: logits alone, or one block alone, do not cover it
@@ -194,6 +213,8 @@ def test_what_cannot_be_told_is_refused() -> None:
     node = [Node("z", 0, 0, head=0)]
     cases: list[tuple[type[Exception], str, str, dict[str, Any]]] = [
         (UnknownNameError, "did you mean 'activation_patching'", "activation_patchin", {}),
+        (SettingError, "variant= for activation_patching", "activation_patching", {"variant": "atp"}),
+        (UnknownNameError, "no such variant", "attribution_patching", {"variant": "grad"}),
         (SettingError, "nodes= for attribution_patching", "attribution_patching", {"nodes": node}),
         (UnknownNameError, "direction 'sideways'", "activation_patching", {"direction": "sideways"}),
         (UnknownSiteError, "mlp_pre_linear", "attribution_patching", {"sites": "mlp_pre_linear"}),
