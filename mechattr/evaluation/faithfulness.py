@@ -140,12 +140,13 @@ class Faithfulness(Artifact):
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draws f against size; see `mechattr.draw.curves.faithfulness_curve`."""
-        from mechattr.draw.curves import faithfulness_curve
+        from mechattr import draw
 
         areas = {} if len(self.sizes) == 1 else {"cpr": self.cpr, "cmd": self.cmd}
         random = self.tensors["random"].values
         crossing, chance = self.crossing, random if len(random) else None
-        return faithfulness_curve(
+        ax = draw.pyplot_axes(5.8, 3.4) if ax is None else ax
+        return draw.faithfulness_curve(
             torch.tensor(self.sizes), self.values, random=chance, crossing=crossing, ax=ax, **areas
         )
 

@@ -212,15 +212,15 @@ class Bound(Artifact):
         """
         if math.isinf(self.theta):
             raise SettingError("a plot of the bound", self.summary, "give a larger budget")
-        from mechattr.draw.curves import bound_curve
+        from mechattr import draw
 
-        return bound_curve(
+        return draw.bound_curve(
             *self.curve(),
             theta_star=self.theta,
             confidence=self.confidence,
             verified=self.verified,
             unit=self.unit,
-            ax=ax,
+            ax=draw.pyplot_axes(5.6, 3.4) if ax is None else ax,
         )
 
     def __repr__(self) -> str:

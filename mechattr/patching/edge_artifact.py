@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from html import escape
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import torch
@@ -138,8 +139,15 @@ class EdgeAttribution(Artifact):
         return self._frame(self.score.values.numel())
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Draws the graph of the edges with the largest contributions."""
-        return self.circuit(min(_DRAWN, self.graph.n_edges)).plot(ax)
+        """Draws the graph of the edges with the largest scores, on paths or not."""
+        from mechattr import draw
+
+        rows = [(*edge, self.value(*edge, "contribution")) for edge in self.top(_DRAWN)]
+        group = self.graph.n_heads // self.graph.n_kv_heads
+        if ax is None:
+            ax = draw.pyplot_axes(*draw.graph_size(rows, group=group))
+        unit = str(cast(Mapping[str, Any], self.settings.get("metric", {})).get("unit", ""))
+        return draw.circuit_graph(rows, n_layers=self.graph.n_layers, group=group, unit=unit, ax=ax)
 
     def _places(self, by: str, k: int) -> Tensor:
         """Places of the k largest edges in the flattened table."""

@@ -30,9 +30,15 @@ def figures(results: Results) -> dict[str, Figure]:
     made["agreement"] = agreement(results)
     made["agreement_top"] = agreement_top(results)
     if results.bound is not None and math.isfinite(results.bound.theta):
-        made["bound"] = results.bound.plot().figure
+        made["bound"] = draw.new_figure(5.6, 3.4)
+        results.bound.plot(made["bound"].add_subplot())
     if results.circuit is not None and results.faithfulness is not None:
-        made |= {"circuit": results.circuit.plot().figure, "faithfulness": results.faithfulness.plot().figure}
+        rows = list(results.circuit.to_pandas().itertuples(index=False, name=None))
+        group = results.circuit.graph.n_heads // results.circuit.graph.n_kv_heads
+        made["circuit"] = draw.new_figure(*draw.graph_size(rows, group=group))
+        results.circuit.plot(made["circuit"].add_subplot())
+        made["faithfulness"] = draw.new_figure(5.8, 3.4)
+        results.faithfulness.plot(made["faithfulness"].add_subplot())
     return made
 
 
