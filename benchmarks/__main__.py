@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
 
-from benchmarks import attribution, recording, sweep
+from benchmarks import attribution, edges, localising, recording, sweep
 from benchmarks.measure import Ratio
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -27,10 +27,13 @@ def main() -> None:
     jobs = [
         lambda: recording.measure("S", 3 if smoke else 41),
         lambda: attribution.measure("S", 3 if smoke else 41),
+        lambda: attribution.measure_edges("S", 3 if smoke else 21),
+        lambda: edges.measure(3 if smoke else 9),
         lambda: sweep.measure(3 if smoke else 9),
     ]
     if not smoke:
-        jobs += [lambda: recording.measure("M", 31), lambda: attribution.measure("M", 31)]
+        jobs += [lambda: recording.measure("M", 31), lambda: attribution.measure("M", 21)]
+        jobs += [lambda: attribution.measure_edges("M", 11), lambda: localising.measure(3), localising.memory]
     rows = [row for job in tqdm(jobs, desc="benchmarks") for row in job()]
     Console(width=120).print(_table(rows))
     if not smoke:

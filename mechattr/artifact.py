@@ -14,6 +14,7 @@ from torch import Tensor
 from mechattr import storage
 from mechattr.base import Artifact
 from mechattr.errors import ArtifactError, AxisError, SettingError, UnknownNameError, UnknownSiteError, nearest
+from mechattr.kinds import KINDS
 from mechattr.labelled import Labelled
 from mechattr.provenance import JSON
 from mechattr.ranking import is_node_table, largest, node_columns, node_vector
@@ -23,17 +24,6 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-# Kind tag -> "module:Class", imported when a file of that kind is opened.
-KINDS: dict[str, str] = {
-    "cache": "mechattr.artifact:Cache",
-    "attribution": "mechattr.artifact:Attribution",
-    "bound": "mechattr.patching.bound_result:Bound",
-    "circuit": "mechattr.patching.circuit:Circuit",
-    "comparison": "mechattr.evaluation.compare:Comparison",
-    "edge_attribution": "mechattr.patching.edge_artifact:EdgeAttribution",
-    "faithfulness": "mechattr.evaluation.faithfulness:Faithfulness",
-    "minimality": "mechattr.evaluation.minimality:Minimality",
-}
 
 _MEASURES = ("score", "signed", "contribution", "abs_signed")
 _RANKINGS = ("score", "contribution", "abs_signed")

@@ -90,7 +90,7 @@ def localise(
     top: Annotated[int, typer.Option(min=1, help="Number of components to check by exact patching.")] = 50,
     variant: Annotated[
         str | None,
-        typer.Option(help="Score by which they are chosen: atp, qk, graddrop, star, max or two_point."),
+        typer.Option(help="Score by which they are chosen: atp, qk, graddrop, star, max, two_point or hedged."),
     ] = None,
     bound: Annotated[
         int | None,

@@ -1,1 +1,11 @@
-"""How good a result is: against exact effects, against other methods, and as a circuit."""
+"""How good is what a method found: faithful circuits, true circuits, and how fast an order finds what matters."""
+
+from __future__ import annotations
+
+from mechattr.evaluation.compare import compare_orders
+from mechattr.evaluation.comparison import Comparison
+from mechattr.evaluation.faithfulness import Faithfulness, faithfulness
+from mechattr.evaluation.ground_truth import edge_auroc
+from mechattr.evaluation.minimality import Minimality, minimality
+
+__all__ = ["Comparison", "Faithfulness", "Minimality", "compare_orders", "edge_auroc", "faithfulness", "minimality"]

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -25,6 +25,7 @@ from mechattr.evaluation.scale import check_draws, check_graph, ratio
 from mechattr.labelled import Labelled
 from mechattr.models.base import HookedModel
 from mechattr.patching.circuit import Circuit, circuit_of
+from mechattr.patching.edge_artifact import EdgeAttribution
 from mechattr.patching.edge_run import EdgeRun
 from mechattr.patching.settings import provenance_of, settings_of
 from mechattr.tasks.task import Task
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-    from mechattr.patching.edge_artifact import EdgeAttribution
 
 SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 REACHED = 1e-3  # how close to 1 counts as reached: the whole model itself is 1 up to rounding
@@ -210,6 +210,7 @@ def faithfulness(
         UnknownNameError: no such measure, method, ablation or direction.
         UnsupportedFeatureError: a model whose heads have no writes of their own.
         EmptyTaskError: no pairs.
+        NonFiniteError: a run has NaN or infinity.
 
     Cost:
         2 (1 + random) forward passes a pair and size, and 3 a pair (2 with zero); circuits that are the same, such as
@@ -219,9 +220,9 @@ def faithfulness(
         Wang et al. 2023, arXiv:2211.00593 (faithfulness, completeness, minimality); Mueller et al. 2025,
         arXiv:2504.13151 (CPR, CMD).
     """
-    check_draws(random)
+    check_draws(random, seed)
     run = EdgeRun(model, task, direction=direction, ablation=ablation, batch_size=batch_size)
-    check_graph(run, edges)
+    check_graph(run, edges, (Circuit, EdgeAttribution))
     if isinstance(edges, Circuit):
         asked = {edges.n_edges: edges}
         how = {"by": None, "extraction": edges.settings.get("extraction")}
@@ -272,6 +273,7 @@ def counts_of(sizes: Sequence[float], n_edges: int) -> list[int]:
     Raises:
         SettingError: no sizes, or one that is no share.
     """
+    sizes = list(sizes) if isinstance(sizes, Iterable) else [sizes]
     bad = [size for size in sizes if isinstance(size, bool) or not isinstance(size, int | float) or not 0 < size <= 1]
     if bad or not len(sizes):
         found = repr(bad[0]) if bad else "an empty list"

@@ -100,6 +100,7 @@ def minimality(
         MismatchError: a circuit of another graph than the model's.
         UnknownNameError: no such unit, ablation or direction.
         UnsupportedFeatureError: a model whose heads have no writes of their own.
+        NonFiniteError: a run has NaN or infinity.
 
     Cost:
         1 forward pass a pair and part of the circuit and of each random one, and 4 + random a pair (3 + random with
@@ -108,11 +109,11 @@ def minimality(
     References:
         Wang et al. 2023, arXiv:2211.00593.
     """
-    check_draws(random)
+    check_draws(random, seed)
     if unit not in UNITS:
         raise UnknownNameError(f"unit {unit!r}", "no such part of a circuit", nearest(unit, UNITS))
     run = EdgeRun(model, task, direction=direction, ablation=ablation, batch_size=batch_size)
-    check_graph(run, circuit)
+    check_graph(run, circuit, (Circuit,))
     all_circuits = [circuit, *(circuit.random_like(seed + i) for i in range(random))]
     without = [_without(each, unit) for each in all_circuits]
     if not without[0]:

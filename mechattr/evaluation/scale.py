@@ -10,10 +10,11 @@ from torch import Tensor
 
 from mechattr.errors import MismatchError, SettingError
 from mechattr.models.base import HookedModel
+from mechattr.patching.circuit import Circuit
+from mechattr.patching.edge_artifact import EdgeAttribution
+from mechattr.patching.interventions import whole_number
 
 if TYPE_CHECKING:
-    from mechattr.patching.circuit import Circuit
-    from mechattr.patching.edge_artifact import EdgeAttribution
     from mechattr.patching.edge_run import EdgeRun
 
 
@@ -36,21 +37,26 @@ def ratio(
     return (m - bottom) / (top - bottom)
 
 
-def check_graph(run: EdgeRun, edges: EdgeAttribution | Circuit) -> None:
-    """Whether edges belong to the model's graph.
+def check_graph(run: EdgeRun, edges: Any, kinds: tuple[type[EdgeAttribution | Circuit], ...]) -> None:
+    """Whether edges are of one of these kinds, and belong to the model's graph.
 
     Raises:
-        MismatchError: they do not.
+        SettingError: they are something else.
+        MismatchError: they belong to another graph.
     """
+    if not isinstance(edges, kinds):
+        fix = "give edge_attribution(...).circuit(top=50)" + ", or the scores" * (EdgeAttribution in kinds)
+        raise SettingError("edges of a circuit", f"a {type(edges).__name__}", fix)
     if edges.graph != run.graph:
         raise MismatchError(f"edges of {run.graph}", f"edges of {edges.graph}", "use scores or a circuit of this model")
 
 
-def check_draws(random: Any) -> None:
-    """Whether a number of random circuits is one.
+def check_draws(random: Any, seed: Any) -> None:
+    """Whether a number of random circuits and their seed are such.
 
     Raises:
-        SettingError: it is not.
+        SettingError: one of them is not.
     """
+    whole_number("seed", seed, 0)
     if isinstance(random, bool) or not isinstance(random, int) or random < 0:
         raise SettingError(f"random={random!r}", "no number of random circuits", "give a whole number from 0")

@@ -15,7 +15,8 @@ from mechattr.models import tokenize as text
 from mechattr.models import weights
 from mechattr.models.anatomy import locate
 from mechattr.models.architectures import family_of, full_sites
-from mechattr.models.base import AttentionForm, Batch, Generation, ModelInfo, check_batch, check_room
+from mechattr.models.base import AttentionForm, Batch, Generation, ModelInfo
+from mechattr.models.checks import check_batch, check_room
 from mechattr.models.edits import Edit, Frame
 from mechattr.models.hf_hooks import tapping
 from mechattr.models.norms import Norm, is_norm

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from mechattr.errors import MismatchError, SettingError, UnknownNameError, nearest
 from mechattr.models import tokenize as text
-from mechattr.models.base import AttentionForm, Batch, Generation, ModelInfo, check_batch
+from mechattr.models.base import AttentionForm, Batch, Generation, ModelInfo
+from mechattr.models.checks import check_batch
 from mechattr.models.edits import Edit, Frame
 from mechattr.models.load import dtype_of
 from mechattr.models.norms import Norm

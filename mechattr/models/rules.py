@@ -126,6 +126,17 @@ class Rules:
         return {name: sorted(value) if name == "hold" else value for name, value in given.items()}
 
 
+def check_rules(rules: Any) -> None:
+    """Whether `rules` can be given to a run.
+
+    Raises:
+        SettingError: they are no `Rules`.
+    """
+    if rules is not None and not isinstance(rules, Rules):
+        fix = "give Rules, such as Rules.relp() or Rules(norm='frozen')"
+        raise SettingError(f"rules={rules!r}", f"a {type(rules).__name__}", fix)
+
+
 def frozen_like(exact: Tensor, linear: Tensor) -> Tensor:
     """The value of `exact`, bit for bit, with the gradient of `linear`.
 

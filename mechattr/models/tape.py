@@ -21,7 +21,7 @@ from mechattr.errors import (
 )
 from mechattr.models.base import Batch, Metric, ModelInfo, Run, Start, Visit
 from mechattr.models.edits import Edit, Frame
-from mechattr.models.rules import Rules
+from mechattr.models.rules import Rules, check_rules
 from mechattr.models.taps import Taps, plan_edits
 from mechattr.sites import expand, parse, site_spec
 
@@ -44,7 +44,7 @@ class Tape:
     _anchor: Tensor = field(repr=False)
     _open: bool = field(default=True, repr=False)
 
-    def backward(self, visit: Visit, at: Mapping[str, Tensor] | None = None, *, last: bool = False) -> None:
+    def pull_back(self, visit: Visit, at: Mapping[str, Tensor] | None = None, *, last: bool = False) -> None:
         """One backward pass: from the sum of the metric over rows, or from given gradients at some gradient sites.
 
         Rows stay apart, because a row's metric depends on that row only. Each gradient site that the pass reaches is
@@ -113,7 +113,8 @@ def make_tape(
 
     Raises:
         UnknownSiteError: a site that the model does not have.
-        SettingError: gradients without a metric, a metric of another shape, an edit, rule or start that does not fit.
+        SettingError: gradients without a metric or of one that has none, a metric of another shape, an edit, rule or
+            start that does not fit.
         UnsupportedFeatureError: a site that did not fire, such as one below the start.
         NonFiniteError: NaN or infinity at a real token, with the first site that has it.
     """
@@ -142,6 +143,13 @@ def make_tape(
         if metric is not None and (not isinstance(value, Tensor) or value.shape != (len(batch),)):
             gave = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
             raise SettingError("a metric", f"it returned {gave}", f"return one number a row, shape ({len(batch)},)")
+        if wanted and value is not None and logits.requires_grad and not value.requires_grad:
+            found = (
+                "it does not follow from the logits by differentiable steps (argmax, detach and comparisons are none)"
+            )
+            raise SettingError(
+                "the gradient of a metric", found, "use a differentiable metric, or a method without gradients"
+            )
     nodes = {name: taps.nodes[name] for name in sites if name in taps.nodes}
     detached = None if value is None else value.detach()
     return Tape(logits.detach(), detached, taps.activations, value if wanted else None, nodes, taps.anchor)
@@ -182,7 +190,7 @@ def execute(
     )
     found: dict[str, Tensor] = {}
     if visit is not None:
-        tape.backward(visit, last=True)
+        tape.pull_back(visit, last=True)
     else:
         found = tape.gradients()
     return Run(tape.logits, Cache.from_tensors(tape.activations), Cache.from_tensors(found), tape.metric)
@@ -206,6 +214,7 @@ def _check_start(start: Start | None, info: ModelInfo, batch: Batch) -> None:
 
 
 def _check_hold(rules: Rules | None, info: ModelInfo) -> None:
+    check_rules(rules)
     bad = sorted(layer for layer in (rules or Rules()).hold if not 0 <= layer < info.n_layers)
     if bad:
         raise SettingError(f"Rules(hold={bad})", f"blocks 0 to {info.n_layers - 1}", "name existing blocks")

@@ -84,6 +84,7 @@ def activation_patching(
         AlignmentError: positions that are not comparable across the pairs.
         EmptyTaskError: no pairs or no nodes.
         MismatchError: `source` does not belong to this model and task, or lacks a site.
+        NonFiniteError: a run has NaN or infinity.
         OutputExistsError: the journal belongs to another sweep.
 
     Cost:

@@ -83,7 +83,8 @@ def attribution_patching(
     | `"star"` | the same, with QK: AtP* | (L - 1) / 2 backward |
     | `"max"` | the larger of `"qk"` and `"star"` | (L - 1) / 2 backward |
     | `"two_point"` | the larger of `"qk"` and the same with gradients at a second point | 1 forward, 1 backward |
-    | `"hedged"` | the larger of `"two_point"` and `"star"` | 1 forward, (L + 1) / 2 backward |
+    | `"hedged"` | the larger of `"star"` and the magnitude of `"qk"` plus half of how much it differs between the two
+    runs of `"two_point"` | 1 forward, (L + 1) / 2 backward |
 
     A drop holds one block's write to the residual stream fixed and keeps the skip path; the mean leaves out the drop of
     the node's own block, from which nothing comes through. The second point is the base run with its token embeddings
@@ -105,7 +106,8 @@ def attribution_patching(
             the pairs align, else the spans that the task names in every pair.
         rules: another backward pass, such as `Rules(norm="frozen")`.
         source: activations of $x'$ for all pairs, recorded earlier, instead of a run of those prompts. Their metric is
-            then not measured: `clean_metric` or `corrupt_metric` is `None`.
+            then not measured: `clean_metric` or `corrupt_metric` is `None`. `"two_point"` and `"hedged"` need `embed`
+            in it, too.
         batch_size: pairs at a time, 16 unless given; it halves itself when memory runs out.
         progress: `None` shows a bar on a terminal only.
 
@@ -120,8 +122,8 @@ def attribution_patching(
         EmptyTaskError: no pairs.
         MismatchError: `source` does not belong to this model and task, or lacks a site.
         NonFiniteError: the gradient overflows in a narrow dtype.
-        SettingError: an unusable `batch_size`, `unit` for a variant that drops nothing, or `"graddrop"` or `"star"` on
-            a network with a single write.
+        SettingError: a metric without a gradient, an unusable `batch_size`, `unit` for a variant that drops nothing, or
+            `"graddrop"` or `"star"` on a network with a single write.
         UnsupportedFeatureError: `"graddrop"` or `"star"` on a model whose norms act on the residual stream.
 
     Cost:
@@ -174,7 +176,6 @@ def attribution_patching(
         source_sha256=there.digest,
         passes=(n * (forward + there.forward), n * backward),
         trivial=sums.trivial(),
-        n_identical_pairs=int(((base.tokens == other.tokens) | ~base.mask).all(1).sum()),
     )
     return Attribution(sums.tables(n), settings=settings, provenance=provenance_of(model, task))
 

@@ -90,8 +90,8 @@ def missed_effect_bound(
         target: stop early when $\theta^*$ is at most this. The bound is then looked at after a half, a quarter, ... of
             the samples, as far as a node is expected 8 times by then; each of these J looks, planned before, has error
             probability $(1 - \text{confidence})/J$, so that looking does not spoil the confidence.
-        control: use first-order estimates as a control variate. The bound is valid with any estimates, and tight with
-            good ones.
+        control: use first-order estimates as a control variate, which take a differentiable metric. The bound is valid
+            with any estimates, and tight with good ones.
         seed: of the samples.
         direction: `"noising"` or `"denoising"`; by default that of `verified`, else noising.
         positions: `"aligned"`, `"named"` or `"all"`; by default those of `verified`, else the task's default.

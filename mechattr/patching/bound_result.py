@@ -89,7 +89,7 @@ class Bound(Artifact):
         Raises:
             SettingError: `theta` is not a size.
         """
-        if not (isinstance(theta, int | float) and math.isfinite(theta) and theta >= 0):
+        if isinstance(theta, bool) or not (isinstance(theta, int | float) and 0 <= theta < math.inf):
             raise SettingError(f"theta={theta!r}", "that is no size of an effect", "give a finite number from 0")
         if not len(self._covered):
             return 0.0
@@ -112,8 +112,9 @@ class Bound(Artifact):
         if thetas is None:
             end = next((x for x in (1.5 * self.theta, self.verified_kth) if x and math.isfinite(x)), 1.0)
             thetas = np.linspace(0, end, POINTS).tolist()
-        at = [float(theta) for theta in thetas]
-        return torch.tensor(at, dtype=torch.float64), torch.tensor([self.p_of(x) for x in at], dtype=torch.float64)
+        at = [x.item() if isinstance(x, Tensor) else x for x in thetas]
+        values = [self.p_of(x) for x in at]
+        return torch.tensor(at, dtype=torch.float64), torch.tensor(values, dtype=torch.float64)
 
     @property
     def verified(self) -> tuple[float, ...]:
@@ -198,6 +199,8 @@ class Bound(Artifact):
         order = largest(self._upper, self.n_covered if k is None else k)
         places = self._covered[order]
         frame = pd.DataFrame(node_columns(self._nodes("error"), places))
+        words = {"pos"} if any(isinstance(pos, str) for pos in frame["pos"]) else set()
+        frame = frame.astype(dict.fromkeys({"layer", "pos", "head", "neuron"} - words, "Int64"))
         for name in ("difference", "signed", "error", "dof"):
             frame[name] = node_vector(self._nodes(name))[places].numpy()
         frame["inclusions"] = node_vector(self._nodes("inclusions"))[places].long().numpy()

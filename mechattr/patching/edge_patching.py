@@ -13,7 +13,7 @@ where the network is linear.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from mechattr.models.base import Batch, HookedModel, Start
 from mechattr.models.edits import Edit, Place
 from mechattr.patching.edge_artifact import EdgeAttribution, edge_tables
 from mechattr.patching.graph import Graph
-from mechattr.patching.interventions import PAIRS_AT_ONCE, rows_of, share_of
+from mechattr.patching.interventions import PAIRS_AT_ONCE, finite, rows_of, share_of
 from mechattr.patching.places import base_and_source, chunks, direction_of, places_of
 from mechattr.patching.settings import provenance_of, settings_of
 from mechattr.patching.wiring import Readers, Wiring
@@ -75,6 +75,7 @@ def edge_patching(
         SettingError: two nodes that no edge joins, or an unusable `batch_size`.
         AlignmentError: the two prompts of a pair are padded differently.
         EmptyTaskError: no pairs or no edges.
+        NonFiniteError: a run has NaN or infinity.
         OutputExistsError: the journal belongs to another sweep.
 
     Cost:
@@ -130,13 +131,18 @@ def edges_of(graph: Graph, edges: Sequence[tuple[str, str]] | None) -> Tensor:
     Raises:
         EmptyTaskError: no edges.
         UnknownNameError: no such writer or reader.
-        SettingError: a pair of nodes that no edge joins.
+        SettingError: something else than pairs of names, or nodes that no edge joins.
     """
     if edges is None:
         return graph.mask.T.nonzero().flip(1)
-    found = torch.tensor([(graph.writer_index(u), graph.reader_index(v)) for u, v in edges]).reshape(-1, 2)
-    if not len(found):
+    edges = list(edges) if isinstance(edges, Iterable) else [edges]
+    if not edges:
         raise EmptyTaskError("edge patching", "an empty list of edges", "give edges, or leave edges out")
+    strange = [edge for edge in edges if not (isinstance(edge, Sequence) and len(edge) == 2)]
+    if strange or isinstance(edges[0], str):
+        fix = "give (writer, reader) pairs, such as attribution.top(50) or circuit.edges"
+        raise SettingError("edges", repr((strange or edges)[0]), fix)
+    found = torch.tensor([(graph.writer_index(u), graph.reader_index(v)) for u, v in edges])
     missing = (~graph.mask[found[:, 0], found[:, 1]]).nonzero()[:, 0].tolist()
     if missing:
         u, v = edges[missing[0]]
@@ -223,7 +229,12 @@ class _Trials:
 
     def compute(self, chunk: _Chunk) -> list[float]:
         """The effects of one chunk of the group that was recorded last."""
-        return self.halving(range(len(chunk.pairs)), lambda part: self._run(chunk, torch.tensor(part)))
+        effects = self.halving(range(len(chunk.pairs)), lambda part: self._run(chunk, torch.tensor(part)))
+        return finite(effects, lambda i: f"the effect of edge {self._name(int(chunk.edges[i]))}")
+
+    def _name(self, edge: int) -> str:
+        (writer, reader), graph = self.edges[edge].tolist(), self.wiring.graph
+        return f"{graph.writers[writer]} -> {graph.readers[reader]}"
 
     def _run(self, chunk: _Chunk, part: Tensor) -> list[float]:
         now, pairs = self.now, chunk.pairs[part]

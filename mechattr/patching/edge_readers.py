@@ -165,7 +165,7 @@ class Readers:
             else:
                 self.gamma[site] = g * weight[..., None]
 
-        tape.backward(visit, last=True)
+        tape.pull_back(visit, last=True)
 
     def gradient(self, i: int, pairs: slice, columns: slice) -> Float[Tensor, "reader row d_model"] | None:
         """By reader of tile `i`: the gradient with respect to its own input, at pairs and columns in one axis.

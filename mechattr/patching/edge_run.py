@@ -26,6 +26,7 @@ from mechattr.engines.sweep import sweep
 from mechattr.errors import EmptyTaskError, UnknownNameError, nearest
 from mechattr.models.base import Batch, HookedModel
 from mechattr.models.edits import Edit, Place
+from mechattr.patching.interventions import finite
 from mechattr.patching.places import base_and_source, chunks, direction_of, places_of, rows_at_once
 from mechattr.patching.wiring import Readers, Wiring, check_keep
 from mechattr.tasks.task import Task
@@ -117,6 +118,7 @@ class EdgeRun:
 
         Raises:
             MismatchError: masks of another graph.
+            NonFiniteError: a run has NaN or infinity.
             OutputExistsError: the journal belongs to another sweep.
 
         Cost:
@@ -142,7 +144,10 @@ class EdgeRun:
         key = {"task": self.task.hash(), "direction": self.direction, "ablation": self.ablation, "cut": digest}
         found = sweep(
             groups(),
-            lambda chunk: self._halving(range(len(chunk.combos)), lambda part: self._some(chunk, cut, list(part))),
+            lambda chunk: finite(
+                self._halving(range(len(chunk.combos)), lambda part: self._some(chunk, cut, list(part))),
+                lambda i: f"the metric with edges cut, on pair {int(chunk.combos[i, 1])}",
+            ),
             n_groups=len(parts),
             key={**key, "rows": self.rows, **self.model.fingerprint()},
             resume=resume,

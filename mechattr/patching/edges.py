@@ -17,15 +17,15 @@ from tqdm.auto import tqdm
 
 from mechattr.engines import quadrature
 from mechattr.engines.halving import Halving
-from mechattr.errors import EmptyTaskError, NonFiniteError, UnknownNameError, UnsupportedFeatureError, nearest
+from mechattr.errors import EmptyTaskError, NonFiniteError, UnknownNameError, nearest
 from mechattr.models.base import Batch, HookedModel
 from mechattr.models.edits import Edit
 from mechattr.models.operators import Set
-from mechattr.models.rules import Rules
+from mechattr.models.rules import Rules, check_rules
 from mechattr.patching.edge_artifact import EdgeAttribution, edge_tables
 from mechattr.patching.edge_readers import Readers, Tile, tiles_of
 from mechattr.patching.edge_scores import Writers, pair_scores, writer_sites
-from mechattr.patching.graph import Graph
+from mechattr.patching.graph import Graph, check_additive
 from mechattr.patching.places import base_and_source, direction_of, places_of, rows_at_once
 from mechattr.patching.settings import provenance_of, settings_of
 from mechattr.sites import full_name
@@ -82,7 +82,7 @@ def edge_attribution(
 
     Raises:
         UnknownNameError: no such method, rule or direction.
-        SettingError: an unusable `steps` or `batch_size`.
+        SettingError: an unusable `steps` or `batch_size`, `rules` that are none, or a metric without a gradient.
         UnsupportedFeatureError: a model that norms what its blocks write, so that heads do not add up.
         AlignmentError: prompts of a pair with different lengths.
         EmptyTaskError: no pairs.
@@ -102,8 +102,9 @@ def edge_attribution(
     if not len(task):
         raise EmptyTaskError("edge attribution", "a task without pairs", "give at least one pair")
     way = direction_of(direction)
+    check_rules(rules)
     path = _path(method, rule, steps)
-    _check_additive(model)
+    check_additive(model.info)
     places_of(task, "all")  # says if the prompts of a pair do not line up
     graph = Graph.of(model.info)
     sums = _Sums(model, graph, path, rules)
@@ -153,16 +154,6 @@ def _path(method: str, rule: str, steps: int) -> dict[float, float]:
     if method == "clean_corrupted":
         return {0.0: 0.5, 1.0: 0.5}
     return dict(zip(points.tolist(), weights.tolist(), strict=True))
-
-
-def _check_additive(model: HookedModel) -> None:
-    info = model.info
-    if info.post_norm or info.write_norm:
-        raise UnsupportedFeatureError(
-            f"edges of {info.name!r} ({info.family})",
-            "norms act on what its blocks write, so that its heads do not add up in the residual stream",
-            "use attribution_patching, which scores nodes",
-        )
 
 
 def _fitting(model: HookedModel, task: Task, runs: int) -> int:

@@ -17,7 +17,7 @@ from mechattr.models.tape import Tape
 from mechattr.patching.drops import Drop
 from mechattr.patching.places import Places, per_node
 from mechattr.patching.qk import Fix, fix_of
-from mechattr.patching.variants import ALPHA, Variant, variant_of
+from mechattr.patching.variants import Variant, variant_of
 from mechattr.sites import SITES, full_name, parse
 
 EMBED = SITES["embed"].template
@@ -102,8 +102,7 @@ def plan_of(model: HookedModel, names: Sequence[str], variant: str, unit: str, r
         UnknownNameError, SettingError, UnsupportedFeatureError: as `variant_of`.
     """
     chosen, drops, _ = variant_of(model.info, model.sites(), variant, unit)
-    alphas = (ALPHA,) if "moved" in chosen.parts else ()
-    return Plan.of(names, fixes=(chosen.fix,), drops=drops, alphas=alphas, rules=rules)
+    return Plan.of(names, fixes=(chosen.fix,), drops=drops, alphas=chosen.alphas, rules=rules)
 
 
 class Effects:
@@ -135,13 +134,15 @@ class Effects:
     def scores(self, name: str, variant: Variant) -> tuple[Tensor, Tensor]:
         """The score of each pair and node of a site in one variant, and the effect with its sign."""
         key = (name, variant.fix and parse(name)[0] in FIXED)
-        parts: dict[str, list[Tensor | None]] = {
-            "full": [self.full[key]],
-            "dropped": [self.dropped.get(key)],
-            "moved": [x[key] for x in self.moved.values()],
+        full = self.full[key]
+        parts: dict[str, list[Tensor]] = {
+            "full": [full.abs()],
+            "dropped": [self.dropped[key]] if key in self.dropped else [],
+            "moved": [x[key].abs() for x in self.moved.values()],
+            "spread": [full.abs() + (x[key] - full).abs() / 2 for x in self.moved.values()],
         }
-        found = [x.abs() for part in variant.parts for x in parts[part] if x is not None]
-        return torch.stack(found).amax(0) if len(found) > 1 else found[0], self.full[key]
+        found = [x for part in variant.parts for x in parts[part]]
+        return torch.stack(found).amax(0) if len(found) > 1 else found[0], full
 
     # -- passes
 
@@ -152,7 +153,7 @@ class Effects:
         for alpha in plan.alphas:
             moved: dict[Key, Tensor] = {}
             tape = self._tape(metric, plan.gradients, edits=[Edit(EMBED, self._towards(alpha))])
-            tape.backward(self._visitor(moved.__setitem__), last=True)
+            tape.pull_back(self._visitor(moved.__setitem__), last=True)
             self.moved[alpha] = {key: moved.get(key, torch.zeros_like(x)) for key, x in self.full.items()}
         self.source, self._changes, self._fixes = {}, {}, {}
         return self
@@ -170,7 +171,7 @@ class Effects:
                 kept[name] = gradient
             visit(name, activation, gradient)
 
-        tape.backward(keeping, last=not plan.drops)
+        tape.pull_back(keeping, last=not plan.drops)
         self._settle()
         if plan.drops:
             self._drop(tape, kept)
@@ -188,7 +189,7 @@ class Effects:
                     visit(site, kept[above], kept[above])
             at = {site: kept[above] for site, above in drop.start.items() if above in kept}
             if at:
-                tape.backward(visit, at, last=drop is self.plan.drops[-1])
+                tape.pull_back(visit, at, last=drop is self.plan.drops[-1])
         for key, effect in self.full.items():
             reaches = [drop.reach(key[0]) for drop in self.plan.drops]
             live = len(reaches) - reaches.count("none")

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from mechattr.errors import UnknownNameError, nearest
+from mechattr.errors import UnknownNameError, UnsupportedFeatureError, nearest
 from mechattr.models.base import ModelInfo
 
 INPUT, LOGITS = "input", "logits"
@@ -178,3 +178,17 @@ def _place(name: str, places: dict[str, int], kind: str) -> int:
     if name not in places:
         raise UnknownNameError(f"{kind} {name!r}", f"this graph has no such {kind}", nearest(name, places))
     return places[name]
+
+
+def check_additive(info: ModelInfo) -> None:
+    """Whether a model has edges at all: each head and each MLP must add to the residual stream on its own.
+
+    Raises:
+        UnsupportedFeatureError: a norm acts on what blocks write, or on the stream itself.
+    """
+    if info.post_norm or info.write_norm:
+        raise UnsupportedFeatureError(
+            f"edges of {info.name!r} ({info.family})",
+            "norms act on what its blocks write, so that its heads do not add up in the residual stream",
+            "score nodes instead: attribution_patching, activation_patching, path_patching",
+        )

@@ -6,7 +6,8 @@ what the base run is and in what takes a node's place; each says so by overridin
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechattr.engines.halving import Halving
-from mechattr.errors import SettingError
+from mechattr.errors import NonFiniteError, SettingError
 from mechattr.models.base import Batch, HookedModel, Metric, Start
 from mechattr.models.edits import Edit, Place
 from mechattr.patching.nodes import NodeTable
@@ -47,6 +48,19 @@ def whole_number(name: str, value: int, low: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
         raise SettingError(f"{name}={value!r}", f"no whole number from {low}", f"give one, such as {name}={low}")
     return value
+
+
+def finite(measured: list[float], what: Callable[[int], str]) -> list[float]:
+    """What was measured, if all of it is finite; `what` names an entry.
+
+    Raises:
+        NonFiniteError: one is not.
+    """
+    for i, value in enumerate(measured):
+        if not math.isfinite(value):
+            fix = "use a metric that is finite wherever the logits are, or a wider dtype"
+            raise NonFiniteError(what(i), f"it is {value}, although the logits are finite", fix)
+    return measured
 
 
 class Values(Protocol):
@@ -153,7 +167,9 @@ class Interventions:
 
     def compute(self, chunk: Chunk) -> list[float]:
         """The effects of one chunk of the group that was recorded last."""
-        return self.halving(range(len(chunk.nodes)), lambda part: self._run(chunk, torch.tensor(part)))
+        effects = self.halving(range(len(chunk.nodes)), lambda part: self._run(chunk, torch.tensor(part)))
+        sites = self.table.name[chunk.nodes].tolist()
+        return finite(effects, lambda i: f"the effect of a node at {self.table.names[sites[i]]}")
 
     def _run(self, chunk: Chunk, part: Tensor) -> list[float]:
         now, pairs, nodes = self.now, chunk.pairs[part], chunk.nodes[part]

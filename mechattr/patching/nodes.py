@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,7 +140,7 @@ def table_of(
         SettingError: something else than nodes; a layer, position, head or neuron that does not exist; positions of
             several kinds, or of another kind than `positions`.
     """
-    nodes = [nodes] if isinstance(nodes, Node) else list(nodes)
+    nodes = list(nodes) if isinstance(nodes, Iterable) else [nodes]
     if not nodes:
         raise EmptyTaskError("activation patching", "an empty list of nodes", "give nodes, or leave nodes out")
     strange = [type(node).__name__ for node in nodes if not isinstance(node, Node)]

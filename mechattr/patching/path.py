@@ -11,7 +11,7 @@ the output on every path.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -84,6 +84,7 @@ def path_patching(
         SettingError: a sender that is no head or MLP, a node that does not exist, or an unusable `batch_size`.
         AlignmentError: positions that are not comparable across the pairs.
         EmptyTaskError: no pairs, senders or receivers.
+        NonFiniteError: a run has NaN or infinity.
         OutputExistsError: the journal belongs to another sweep.
 
     Cost:
@@ -97,6 +98,9 @@ def path_patching(
         raise EmptyTaskError("path patching", "a task without pairs", "give at least one pair")
     if mlps not in MLPS:
         raise UnknownNameError(f"mlps={mlps!r}", "no such treatment of MLPs", nearest(mlps, MLPS))
+    receivers = list(receivers) if isinstance(receivers, Iterable) else [receivers]
+    if not receivers:
+        raise EmptyTaskError("path patching", "an empty list of receivers", "give at least one node")
     way = direction_of(direction)
     if senders is None:
         mode: Positions = positions or "all"
@@ -172,7 +176,8 @@ def _reaches(model: HookedModel, sender: str, receiver: str) -> bool:
     """Whether what is written at one site can change what another holds."""
     order = {site: i for i, site in enumerate(model.sites())}
     site, layer = parse(receiver)
-    beside = model.info.parallel and layer == parse(sender)[1] and site != "resid_post"  # they read the same stream
+    # in a parallel block the MLP does not read what attention writes
+    beside = model.info.parallel and layer == parse(sender)[1] and site not in ("result", "attn_out", "resid_post")
     return order[receiver] > order[sender] and not beside
 
 

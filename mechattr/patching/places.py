@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, cast
 
@@ -117,7 +117,11 @@ def node_sites(model: HookedModel, sites: str | Sequence[str]) -> tuple[str, ...
 
     Raises:
         UnknownSiteError: not a site, or not one of this model.
+        SettingError: no names.
     """
+    if not isinstance(sites, Iterable):
+        fix = f"give short names, such as {', '.join(DEFAULT_SITES)}"
+        raise SettingError("sites", f"a {type(sites).__name__}", fix)
     shorts: list[str] = []
     for name in [sites] if isinstance(sites, str) else sites:
         short = name if name in SITES else site_spec(name).short

@@ -51,6 +51,7 @@ def settings_of(
         "task_hash": task.hash(),
         "metric": {"name": task.metric.name, "unit": task.metric.unit},
         "n_pairs": len(task),
+        "n_identical_pairs": int(((task.clean.tokens == task.corrupt.tokens) | ~task.clean.mask).all(1).sum()),
         "clean_metric": clean,
         "corrupt_metric": corrupt,
         "passes": {"forward": passes[0], "backward": passes[1]},

@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mechattr.errors import MismatchError, UnsupportedFeatureError
+from mechattr.errors import MismatchError
 from mechattr.models.base import HookedModel
-from mechattr.patching.graph import Graph
+from mechattr.patching.graph import Graph, check_additive
 from mechattr.sites import full_name
 
 ELEMENTS_AT_ONCE = 2**26  # numbers in the tensor of all writers' outputs, which sets how many rows run together
@@ -62,13 +62,7 @@ class Wiring:
     readers: tuple[Readers, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        info = self.model.info
-        if info.post_norm or info.write_norm:
-            raise UnsupportedFeatureError(
-                f"edges of {info.name!r} ({info.family})",
-                "norms act on what its blocks write, so that its heads do not add up in the residual stream",
-                "patch nodes instead: activation_patching, path_patching",
-            )
+        check_additive(self.model.info)
         object.__setattr__(self, "graph", Graph.of(self.model.info))
         object.__setattr__(self, "readers", tuple(self._readers()))
 

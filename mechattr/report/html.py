@@ -158,7 +158,7 @@ def _bound(results: Results, figures: Mapping[str, Path]) -> str:
     if "bound" in figures:  # too small a budget bounds nothing
         text += _figure(
             figures["bound"],
-            "Probability of what was seen if a component with an effect of at least theta was missed, against theta",
+            "p value of: some unchecked component has an effect of at least theta, against theta",
             "How surprised one would be, by what random sets of unchecked components did, if one of them had an effect "
             "of at least θ. Ticks below are the exact effects of the checked components.",
         )
@@ -171,8 +171,9 @@ def _circuit(results: Results, figures: Mapping[str, Path]) -> str:
     graph = _figure(
         figures["circuit"],
         "Graph of the circuit: layers upward, edges by contribution",
-        f"The circuit of the {circuit.n_edges} best edges by estimated contribution. Blue edges carry the answer, red "
-        "ones work against it; width shows how much.",
+        f"{circuit.n_edges} edges: the best {results.key['circuit']} by estimated contribution, without those that are "
+        "on no path from the input to the logits. Blue edges carry the answer, red ones work against it; width shows "
+        "how much.",
     )
     curve = _figure(
         figures["faithfulness"],

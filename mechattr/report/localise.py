@@ -30,6 +30,7 @@ from mechattr.patching.activation import activation_patching
 from mechattr.patching.attribution import attribution_patching
 from mechattr.patching.bound import missed_effect_bound
 from mechattr.patching.edges import edge_attribution
+from mechattr.patching.graph import check_additive, count_edges
 from mechattr.patching.places import DEFAULT_SITES, Direction, Positions, direction_of, node_sites, places_of
 from mechattr.patching.variants import DEFAULT_VARIANT, variant_of
 from mechattr.report import figures, html, summary, tables
@@ -109,7 +110,7 @@ def localise(
 ) -> Localisation:
     """Finds which components cause a behaviour: estimates all, checks the best exactly, and writes a report.
 
-    Writes into `out`: `report.html`, `table.csv`, `figures/`, the four results as `.safetensors`, `settings.json` and
+    Writes into `out`: `report.html`, `table.csv`, `figures/`, the results as `.safetensors`, `settings.json` and
     `pairs.jsonl`. A folder that holds a run with the same settings is reused, and a run that stopped goes on where it
     stopped.
 
@@ -126,7 +127,7 @@ def localise(
         sites: sites whose components are scored.
         positions: score each position ("aligned"), named spans ("named"), or all positions replaced together ("all").
             Without it: each position where pairs align, else the spans that all pairs have, else all together.
-        seed: recorded with the result; nothing is drawn at random here.
+        seed: of the random sets of the bound and of the random circuits.
         batch_size: prompt rows of one forward pass.
         overwrite: replace the result of other settings.
         progress: show progress bars.
@@ -151,6 +152,10 @@ def localise(
         if not _count(value, least) and not (name == "bound" and value is None):
             raise SettingError(f"localise with {name}={value!r}", "no count", f"give a whole number from {least}")
     variant_of(model.info, model.sites(), variant, "block")
+    if circuit:
+        check_additive(model.info)
+        if circuit > (edges := count_edges(model.info)):
+            raise SettingError(f"a circuit of {circuit} edges", f"{edges} edges in the graph", "ask for fewer")
     where = positions or _comparable(task)
     # what cannot be used is refused before anything is written
     direction_of(direction)

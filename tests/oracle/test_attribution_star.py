@@ -19,6 +19,7 @@ from mechattr.patching.variants import ALPHA, VARIANTS
 from mechattr.sites import Node
 
 DEEP: dict[str, Any] = {"n_layers": 3, "n_heads": 2, "n_kv_heads": 2, "d_mlp": 3, "d_model": 6, "d_head": 2}
+SITES = ("q", "k", "v", "z", "resid_pre")
 MODELS = {
     "gpt2_like": PlainConfig.gpt2_like(**DEEP),
     "llama_like": PlainConfig.llama_like(**{**DEEP, "n_kv_heads": 1}),
@@ -121,7 +122,7 @@ def test_the_second_point_follows_its_definition(kind: str, alpha: float) -> Non
     """Gradients of a run whose embeddings moved; changes are those of the base run."""
     model = model_of(kind)
     task = pairs_task(model, (4, 4))
-    nodes = all_nodes(model, task, ("q", "k", "v", "z", "resid_pre"), "aligned")
+    nodes = all_nodes(model, task, SITES, "aligned")
 
     def at(size: float) -> Any:
         def of(base: Batch, names: Any) -> Any:
@@ -135,8 +136,19 @@ def test_the_second_point_follows_its_definition(kind: str, alpha: float) -> Non
 
         return of
 
-    found = ma.attribution_patching(model, task, sites=("q", "k", "v", "z", "resid_pre"), variant="two_point")
+    found = ma.attribution_patching(model, task, sites=SITES, variant="two_point")
     base, moved, wrong = (estimates(model, task, nodes, at(size), fix=True) for size in (0.0, alpha, 1 - alpha))
+    stars = [ma.attribution_patching(model, task.rows([i]), sites=SITES, variant="star") for i in range(len(task))]
+    star = torch.stack([values(pair, nodes)[0] for pair in stars])
+    hedged = values(ma.attribution_patching(model, task, sites=SITES, variant="hedged"), nodes)
+    spread = base.abs() + (moved - base).abs() / 2
+    torch.testing.assert_close(hedged, (torch.maximum(spread, star).mean(0), base.mean(0)), **ROUNDING)
+    for other in (  # controls: the whole difference, half of the sum, the other point's estimate as the difference
+        torch.maximum(base.abs() + (moved - base).abs(), star).mean(0),
+        torch.maximum((base.abs() + moved.abs()) / 2, star).mean(0),
+        torch.maximum(base.abs() + moved.abs() / 2, star).mean(0),
+    ):
+        assert not torch.allclose(hedged[0], other)
     torch.testing.assert_close(
         values(found, nodes), (torch.maximum(base.abs(), moved.abs()).mean(0), base.mean(0)), **ROUNDING
     )
@@ -152,7 +164,7 @@ def test_combined_scores_are_the_largest_of_their_parts_pair_by_pair() -> None:
         {v: ma.attribution_patching(model, task.rows([i]), variant=v).scores["k"].values for v in VARIANTS}
         for i in range(len(task))
     ]
-    for variant, parts in (("max", ("qk", "star")), ("hedged", ("two_point", "star"))):
+    for variant, parts in (("max", ("qk", "star")),):
         found = ma.attribution_patching(model, task, variant=variant).scores["k"].values
         expected = torch.stack([torch.maximum(*(pair[part] for part in parts)) for pair in alone]).mean(0)
         torch.testing.assert_close(found, expected, **ROUNDING)
@@ -194,13 +206,16 @@ def test_where_graddrop_is_undefined_it_is_refused_or_left_out() -> None:
         for variant in ("graddrop", "star"):
             with pytest.raises(error, match=text):
                 ma.attribution_patching(model, task, variant=variant)
-        for variant, left in (("max", "qk"), ("hedged", "two_point")):
-            found, expected = (
-                ma.attribution_patching(model, task, sites=("q", "z"), variant=v) for v in (variant, left)
-            )
-            assert_same(found, expected, 0)
-            assert found.settings["graddrop"] == said and found.settings["unit"] is None
-            assert found.passes == expected.passes
+        sites = ("q", "z")
+        found, expected, second, both = (
+            ma.attribution_patching(model, task, sites=sites, variant=v) for v in ("max", "qk", "two_point", "hedged")
+        )
+        assert_same(found, expected, 0)
+        assert found.passes == expected.passes and both.passes == second.passes
+        for left in (found, both):
+            assert left.settings["graddrop"] == said and left.settings["unit"] is None
+        for site in sites:  # |c| + |d| / 2 is never below |c|
+            assert bool((both.scores[site].values >= expected.scores[site].values).all())
     two = plain_model(PlainConfig.attention_only(n_layers=2))
     assert ma.attribution_patching(two, pairs_task(two), sites="z", variant="star").settings["graddrop"] is None
     single = plain_model(PlainConfig.gpt2_like(n_layers=1))  # attention and MLP are two writes

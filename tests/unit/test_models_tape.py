@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mechattr.errors import ModelStateError, UnknownNameError
-from mechattr.models import Batch, Edit, PlainConfig, Rules, plain_model
+from mechattr.errors import ModelStateError, SettingError, UnknownNameError
+from mechattr.models import Batch, Edit, PlainConfig, Rules, Set, plain_model
 from mechattr.sites import parse
 
 MODELS = {
@@ -27,7 +27,7 @@ SITES = ("q", "v", "z", "mlp_pre", "resid_pre", "resid_post")
 def collect(tape, at=None, *, last=False) -> dict[str, Tensor]:
     """The gradients of one backward pass."""
     found: dict[str, Tensor] = {}
-    tape.backward(lambda name, x, g: found.__setitem__(name, g.clone()), at, last=last)
+    tape.pull_back(lambda name, x, g: found.__setitem__(name, g.clone()), at, last=last)
     return found
 
 
@@ -51,7 +51,7 @@ def test_a_pass_from_the_metric_is_that_of_a_run(model, rules):
     assert not tape.metric.requires_grad
     assert {n: x.shape for n, x in tape.activations.items()} == {n: x.shape for n, x in run.activations.items()}
     visited: dict[str, tuple[Tensor, Tensor]] = {}
-    tape.backward(lambda name, x, g: visited.__setitem__(name, (x, g)))
+    tape.pull_back(lambda name, x, g: visited.__setitem__(name, (x, g)))
     assert visited.keys() == seen.keys()
     for name, (x, g) in seen.items():
         assert torch.equal(visited[name][0], x), name
@@ -61,10 +61,26 @@ def test_a_pass_from_the_metric_is_that_of_a_run(model, rules):
     assert all(torch.equal(again[name], g) for name, (_, g) in seen.items())
 
 
-def test_a_metric_without_influence_visits_nothing():
-    model = plain_model(PlainConfig())
-    tape = model.tape(Batch.of(torch.tensor([[1, 2]])), metric=lambda out, b: torch.ones(len(b)), gradients="z")
-    assert collect(tape) == {}
+def test_sites_without_influence_are_not_visited():
+    model, batch = plain_model(PlainConfig()), Batch.of(torch.tensor([[1, 2]]))
+    cut = Edit("resid_post", Set(torch.ones(16)), layers=[1])  # nothing of any block is left
+    assert collect(model.tape(batch, edits=[cut], metric=families.probe, gradients="z")) == {}
+
+
+@pytest.mark.parametrize(
+    "metric",
+    (
+        lambda out, b: torch.ones(len(b)),
+        lambda out, b: out[:, -1].argmax(-1),
+        lambda out, b: out[:, -1, 0].detach(),
+    ),
+)
+def test_a_metric_that_cannot_be_differentiated_is_refused(metric):
+    """Zeros would look like a result."""
+    model, batch = plain_model(PlainConfig()), Batch.of(torch.tensor([[1, 2]]))
+    with pytest.raises(SettingError, match="the gradient of a metric\n  found: it does not follow from the logits by"):
+        model.tape(batch, metric=metric, gradients="z")
+    assert model.run(batch, metric=metric).metric.shape == (1,)
 
 
 # -- passes from given gradients
@@ -169,7 +185,7 @@ def test_a_visit_that_raises_leaves_a_usable_tape_and_no_hooks(kind):
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        tape.backward(stop)
+        tape.pull_back(stop)
     assert all(not x._backward_hooks for x in tape._nodes.values())
     after = collect(tape)
     assert all(torch.equal(after[name], g) for name, g in before.items())

@@ -64,7 +64,8 @@ def test_passes_of_estimates_are_those_that_ran(variant: str, batch_size: int | 
         )
     assert result.passes == pytest.approx((ran["forward"], ran["backward"]), abs=1e-9)  # sums of fractions
     parts = VARIANTS[variant].parts
-    more = ("moved" in parts), ("moved" in parts) + ("dropped" in parts) * (layers - 1) / 2
+    second = variant in ("two_point", "hedged")
+    more = second, second + ("dropped" in parts) * (layers - 1) / 2
     assert result.passes == pytest.approx((len(task) * (2 + more[0]), len(task) * (1 + more[1])), abs=1e-9)
     assert ma.estimate(model, task, "attribution_patching", variant=variant).backward == pytest.approx(ran["backward"])
 

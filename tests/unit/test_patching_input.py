@@ -172,7 +172,7 @@ def test_the_top_of_an_estimate_is_checked_exactly(kind: str, positions: str) ->
 @pytest.mark.parametrize("direction", ("noising", "denoising"))
 def test_a_recorded_source_run_takes_the_place_of_a_fresh_one(method: Any, direction: str) -> None:
     side, other = ("corrupt", "clean") if direction == "noising" else ("clean", "corrupt")
-    stored = record(MODEL, getattr(TASK, side), ("rot_q", "z", "mlp_post"))
+    stored = record(MODEL, getattr(TASK, side), ("embed", "rot_q", "z", "mlp_post"))
     settings = {"sites": ("q", "z", "mlp_post"), "direction": direction}
     fresh = method(MODEL, TASK, **settings)
     found = method(MODEL, TASK, source=stored, **settings)
@@ -186,18 +186,18 @@ def test_a_recorded_source_run_takes_the_place_of_a_fresh_one(method: Any, direc
 
 @METHODS
 def test_a_recording_of_something_else_is_refused(method: Any) -> None:
-    right = record(MODEL, TASK.corrupt, ("z",))
+    right = record(MODEL, TASK.corrupt, ("embed", "z"))
     for source, text in (
-        (record(MODEL, TASK.corrupt, ("v",)), "it has no blocks.0.attn.hook_z (2 missing)"),
-        (record(MODEL, TASK.clean, ("z",)), "it was made on other prompts (tokens_sha256 differs)"),
+        (record(MODEL, TASK.corrupt, ("embed", "v")), "it has no blocks.0.attn.hook_z (2 missing)"),
+        (record(MODEL, TASK.clean, ("embed", "z")), "it was made on other prompts (tokens_sha256 differs)"),
         (
-            record(plain_model(PLAIN["gpt2_like"], seed=1), TASK.corrupt, ("z",)),
+            record(plain_model(PLAIN["gpt2_like"], seed=1), TASK.corrupt, ("embed", "z")),
             "by another model (weight_hash differs)",
         ),
-        (ma.Cache.from_tensors({name: x.values[:2] for name, x in right.items()}), "a recording of shape (2, 5, 2, 4)"),
+        (ma.Cache.from_tensors({name: x.values[:2] for name, x in right.items()}), "a recording of shape (2, 5, "),
         (
             ma.Cache.from_tensors({name: x.values[:, 1:] for name, x in right.items()}),
-            "a recording of shape (3, 4, 2, 4)",
+            "a recording of shape (3, 4, ",
         ),
     ):
         with pytest.raises(MismatchError) as error:

@@ -1,0 +1,15 @@
+"""Where each kind of artifact lives, as import strings, so that opening a file loads what it needs and no more."""
+
+from __future__ import annotations
+
+# Kind tag -> "module:Class", imported when a file of that kind is opened.
+KINDS: dict[str, str] = {
+    "cache": "mechattr.artifact:Cache",
+    "attribution": "mechattr.artifact:Attribution",
+    "bound": "mechattr.patching.bound_result:Bound",
+    "circuit": "mechattr.patching.circuit:Circuit",
+    "comparison": "mechattr.evaluation.comparison:Comparison",
+    "edge_attribution": "mechattr.patching.edge_artifact:EdgeAttribution",
+    "faithfulness": "mechattr.evaluation.faithfulness:Faithfulness",
+    "minimality": "mechattr.evaluation.minimality:Minimality",
+}

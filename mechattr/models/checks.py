@@ -1,0 +1,45 @@
+"""Whether a batch can be run on a model."""
+
+from __future__ import annotations
+
+import torch
+
+from mechattr.errors import SettingError
+from mechattr.models.base import Batch, ModelInfo
+
+
+def check_batch(batch: Batch, info: ModelInfo, device: torch.device) -> None:
+    """Whether a model can run a batch at all.
+
+    Raises:
+        SettingError: no batch, no row, tokens on another device, ids outside the vocabulary, or too long a prompt.
+    """
+    if not isinstance(batch, Batch):
+        fix = "make a batch with model.tokenize(texts) or Batch.of(ids)"
+        raise SettingError("a run", f"a {type(batch).__name__}", fix)
+    if not len(batch):
+        raise SettingError("a run", "a batch without rows", "give at least one row")
+    if batch.device != device:
+        raise SettingError(
+            "a run", f"tokens on {batch.device}, model on {device}", "move the batch with batch.to(device)"
+        )
+    low, high = int(batch.tokens.min()), int(batch.tokens.max())
+    if low < 0 or high >= info.d_vocab:
+        raise SettingError(
+            f"token id {low if low < 0 else high}",
+            f"the vocabulary has {info.d_vocab} ids",
+            "tokenize with this model's tokenizer",
+        )
+    check_room(info, int(batch.lengths.max()))
+
+
+def check_room(info: ModelInfo, tokens: int) -> None:
+    """Whether a row of so many tokens has a position for each.
+
+    Raises:
+        SettingError: it has not.
+    """
+    if not info.rotary and tokens > info.n_ctx:
+        raise SettingError(
+            f"a prompt of {tokens} tokens", f"the model has {info.n_ctx} positions", "use shorter prompts"
+        )
