@@ -142,9 +142,9 @@ class Faithfulness(Artifact):
         """Draws f against size; see `mechattr.draw.curves.faithfulness_curve`."""
         from mechattr import draw
 
-        areas = {} if len(self.sizes) == 1 else {"cpr": self.cpr, "cmd": self.cmd}
-        random = self.tensors["random"].values
-        crossing, chance = self.crossing, random if len(random) else None
+        single, random = len(self.sizes) == 1, self.tensors["random"].values
+        areas = {} if single else {"cpr": self.cpr, "cmd": self.cmd}
+        crossing, chance = None if single else self.crossing, random if len(random) else None
         ax = draw.pyplot_axes(5.8, 3.4) if ax is None else ax
         return draw.faithfulness_curve(
             torch.tensor(self.sizes), self.values, random=chance, crossing=crossing, ax=ax, **areas

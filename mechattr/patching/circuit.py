@@ -15,6 +15,7 @@ from mechattr.errors import AxisError, SettingError, UnknownNameError, nearest
 from mechattr.labelled import Labelled
 from mechattr.patching.extraction import greedy, on_paths, strongest
 from mechattr.patching.graph import LOGITS, Graph
+from mechattr.patching.interventions import whole_number
 from mechattr.provenance import JSON
 
 if TYPE_CHECKING:
@@ -121,8 +122,11 @@ class Circuit(Artifact):
         """A random circuit with as many edges, drawn without replacement and with equal chances from the whole graph.
 
         Its dead ends stay: without them it would have fewer edges than the circuit that it is compared with.
+
+        Raises:
+            SettingError: an unusable seed.
         """
-        graph, generator = self.graph, torch.Generator().manual_seed(seed)
+        graph, generator = self.graph, torch.Generator().manual_seed(whole_number("seed", seed, 0))
         places = graph.mask.flatten().nonzero().flatten()
         kept = torch.zeros(graph.mask.numel(), dtype=torch.bool)
         kept[places[torch.randperm(len(places), generator=generator)[: self.n_edges]]] = True

@@ -168,7 +168,9 @@ class EdgeAttribution(Artifact):
         return pd.DataFrame({"source": writers, "target": readers, **numbers})
 
     def _repr_html_(self) -> str:
-        line = f"{self.settings.get('method')}, {self.graph.n_edges:,} edges, {self.settings.get('n_pairs')} pairs"
+        measured, total = int((~self.score.values.isnan()).sum()), self.graph.n_edges
+        some = f"{total:,}" if measured == total else f"{measured:,} of {total:,}"
+        line = f"{self.settings.get('method')}, {some} edges, {self.settings.get('n_pairs')} pairs"
         if "passes" in self.settings:
             line += f", {self.passes.forward:g} forward and {self.passes.backward:g} backward passes"
         table = self._frame(_SHOWN).to_html(index=False, escape=True, float_format="{:.4g}".format)

@@ -250,7 +250,7 @@ class _Trials:
             edits.append(Edit(readers.site, _Give(self.wiring, readers, rows, reader[rows] - columns.start, inputs)))
         value = self.model.run(now.batch.rows(pairs), edits=edits, metric=self.task.metric, start=start).metric
         assert value is not None  # a metric was given
-        effects: list[float] = (value - now.metric[pairs]).double().tolist()
+        effects: list[float] = (value - now.metric[pairs]).tolist()
         return effects
 
     def means(self, results: Sequence[list[float]]) -> list[Float[Tensor, "writer reader"]]:

@@ -201,7 +201,7 @@ class EdgeRun:
         edits = _Cut(self.wiring, cut, circuits, ablated).edits()
         value = self.model.run(batch, edits=edits, metric=self.task.metric).metric
         assert value is not None  # a metric was given
-        found: list[float] = value.double().tolist()
+        found: list[float] = value.tolist()
         return found
 
 

@@ -185,7 +185,7 @@ class Interventions:
             edits.append(Edit(name, Patch((row[which], *write), values)))
         value = self.model.run(now.batch.rows(pairs), edits=edits, metric=self.metric, start=start).metric
         assert value is not None  # a metric was given
-        effects: list[float] = (value - now.metric[pairs]).double().tolist()
+        effects: list[float] = (value - now.metric[pairs]).tolist()
         return effects
 
     def means(self, results: Sequence[list[float]]) -> tuple[Float[Tensor, " node"], Float[Tensor, " node"]]:

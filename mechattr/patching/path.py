@@ -262,7 +262,7 @@ class _Paths(Interventions):
         start = self._start(self.landing(chunk.layer), pairs)
         value = self.model.run(batch, edits=edits, metric=self.metric, start=start).metric
         assert value is not None  # a metric was given
-        effects: list[float] = (value - now.metric[pairs]).double().tolist()
+        effects: list[float] = (value - now.metric[pairs]).tolist()
         return effects
 
     def _start(self, layer: int, pairs: Tensor) -> Start:

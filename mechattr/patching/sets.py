@@ -158,7 +158,7 @@ class Sets:
                 wide = torch.promote_types(x.dtype, torch.float32)
                 change = self._source[name][index.to(x.device)].to(wide) - x.to(wide)
                 products = places.gather(per_node(name, change * gradient.to(wide))).flatten(1)
-                found[index[:, None], grids[name].nodes] = products[:, grids[name].flat.to(x.device)].double().cpu()
+                found[index[:, None], grids[name].nodes] = products[:, grids[name].flat.to(x.device)].cpu().double()
 
             self.model.run(self.base.rows(pairs), gradients=self.table.names, metric=self.task_metric, visit=visit)
         return found
@@ -175,7 +175,7 @@ class Sets:
                 edits.append(Edit(name, _Replace(mask, self._source[name][there])))
         run = self.model.run(self.base.rows(pairs), edits=edits, metric=self.task_metric, start=start)
         assert run.metric is not None  # a metric was given
-        effects: list[float] = (run.metric - self.base_metric[there]).double().tolist()
+        effects: list[float] = (run.metric - self.base_metric[there]).tolist()
         return effects
 
 

@@ -147,3 +147,7 @@ def test_bad_input() -> None:
         edge_patching(model, task, [("a9.h0", "logits")])
     with pytest.raises(EmptyTaskError, match="an empty list of edges"):
         edge_patching(model, task, [])
+    strange: tuple[Any, ...] = ([("a0.h0", "m1", 0.3)], ("a0.h0", "m1"), "a0.h0", [None], 3)
+    for edges in strange:
+        with pytest.raises(SettingError, match=r"fix: give \(writer, reader\) pairs"):
+            edge_patching(model, task, edges)

@@ -352,7 +352,7 @@ def test_frozen_norms_give_another_gradient() -> None:
 def test_models_whose_writes_do_not_add_up_are_refused() -> None:
     for family in ("gemma2", "olmo2", "bert"):
         model = cases.hf(family)
-        with pytest.raises(UnsupportedFeatureError, match=r"norms act on what its blocks write(.|\n)*scores nodes"):
+        with pytest.raises(UnsupportedFeatureError, match=r"norms act on what its blocks write(.|\n)*score nodes"):
             run(model, cases.pairs_task(model))
 
 

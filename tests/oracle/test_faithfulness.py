@@ -214,6 +214,12 @@ def test_bad_input(case: Any) -> None:
         faithfulness(model, task, edges, sizes=[])
     with pytest.raises(SettingError, match="random=-1"):
         faithfulness(model, task, edges, random=-1)
+    with pytest.raises(SettingError, match="found: None"):
+        faithfulness(model, task, edges, sizes=None)  # type: ignore[arg-type]
+    with pytest.raises(SettingError, match="found: a list"):
+        faithfulness(model, task, edges.top(3))  # type: ignore[arg-type]
+    with pytest.raises(SettingError, match=r"found: a EdgeAttribution\n  fix: give edge_attribution\(.*\)$"):
+        minimality(model, task, edges)
     with pytest.raises(UnknownNameError, match="did you mean 'zero'"):
         faithfulness(model, task, edges, ablation="zeros")
     other = plain("gpt2_like")

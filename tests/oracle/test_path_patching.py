@@ -234,5 +234,29 @@ def test_bad_input() -> None:
         path_patching(model, task, RECEIVERS, senders=[Node("q", 0, None, 0)])
     with pytest.raises(UnknownNameError, match="did you mean 'frozen'"):
         path_patching(model, task, RECEIVERS, mlps="froze")  # type: ignore[arg-type]
-    with pytest.raises(EmptyTaskError, match="an empty list of nodes"):
+    with pytest.raises(EmptyTaskError, match="path patching\n  found: an empty list of receivers"):
         path_patching(model, task, [])
+    with pytest.raises(SettingError, match="found: a NoneType"):
+        path_patching(model, task, None)  # type: ignore[arg-type]
+
+
+def test_one_receiver_is_a_list_of_one() -> None:
+    model = plain("gpt2_like")
+    task = pairs_task(model)
+    one = path_patching(model, task, RECEIVERS[0], senders=SENDERS[0])  # type: ignore[arg-type]
+    assert one.settings["receivers"] == [str(RECEIVERS[0])]
+    listed = path_patching(model, task, RECEIVERS[:1], senders=SENDERS[:1])
+    assert one.value(SENDERS[0]) == listed.value(SENDERS[0]) != 0
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "gpt2"])
+def test_a_head_reaches_the_attention_output_of_its_own_block(family: str) -> None:
+    """Also in a parallel block, where it does not reach the MLP."""
+    model = hf(family)
+    task, head = pairs_task(model), Node("z", 1, head=0)
+    through = path_patching(model, task, [Node("attn_out", 1)], senders=[head]).value(head, "signed")
+    whole = exact_effects(model, task, [head], positions="all").mean().item()
+    assert abs(whole) > 1e-3  # or a path that is left out would pass
+    assert through == pytest.approx(whole, abs=1e-5)  # float32, one sum of another order
+    beside = path_patching(model, task, [Node("mlp_pre", 1, neuron=0)], senders=[head]).value(head)
+    assert (beside == 0) == model.info.parallel

@@ -428,7 +428,7 @@ def test_the_command_names_all_settings(done: Any) -> None:
     assert options == {
         "--model": "plain", "--dtype": "float64", "--pairs": str(out / "pairs.jsonl"), "--metric": "logit_difference",
         "--seed": "0", "--sites": "q,k,v,z,mlp_post", "--positions": "aligned", "--direction": "noising", "--top": "12",
-        "--variant": "max", "--bound": "3006", "--circuit": "20", "--out": f"{out}-again",
+        "--variant": "hedged", "--bound": "3006", "--circuit": "20", "--out": f"{out}-again",
     }  # fmt: skip
 
 
