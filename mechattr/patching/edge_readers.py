@@ -167,31 +167,39 @@ class Readers:
 
         tape.pull_back(visit, last=True)
 
-    def gradient(self, i: int, pairs: slice, columns: slice) -> Float[Tensor, "reader row d_model"] | None:
+    def gradient(self, i: int, pairs: slice, columns: slice, *, out: Float[Tensor, "reader row d_model"]) -> bool:
         """By reader of tile `i`: the gradient with respect to its own input, at pairs and columns in one axis.
 
-        `None` if the metric depends on none of them.
+        Written into `out`; `False`, and nothing written, if the metric depends on none of them.
         """
         tile = self.tiles[i]
-        parts = [(part, self.gamma[part.site]) for part in tile.projections if part.site in self.gamma]
-        if not parts:
-            return None
-        like = parts[0][1]
-        rows = like[pairs, columns, 0, 0].numel()
-        found = like.new_zeros(tile.width, rows, self.model.info.d_model)
-        for part, gamma in parts:
-            g = gamma[pairs, columns].flatten(0, 1).transpose(0, 1)  # [head, row, width]
-            if part.weight is None:
-                found[part.heads] += _into(tile.norm, g)
-            else:
+        live = [part for part in tile.projections if part.site in self.gamma]
+        if not live:
+            return False
+        fresh = {part.heads.start: part.heads for part in live}  # the gate and linear input of an MLP add up
+        if sum(heads.stop - heads.start for heads in fresh.values()) < tile.width:
+            out.zero_()
+        for part in live:
+            g = self.gamma[part.site][pairs, columns].flatten(0, 1).transpose(0, 1)  # [head, row, width]
+            target, first = out[part.heads], fresh.pop(part.heads.start, None) is not None
+            if part.weight is not None:
                 weight = wide(self.model.weight(part.weight))
-                found[part.heads].baddbmm_(g, _into(tile.norm, weight.reshape(-1, *weight.shape[-2:]).mT))
-        if i in self.bends:
+                weight = _into(tile.norm, weight.reshape(-1, *weight.shape[-2:]).mT)
+                torch.baddbmm(target, g, weight, beta=0 if first else 1, out=target)  # 0 ignores what was there
+            elif first:
+                target.copy_(_into(tile.norm, g))
+            else:
+                target += _into(tile.norm, g)
+        bends = self.bends.get(i, [])
+        if bends:
             assert tile.norm is not None  # nothing bends without a norm
-            beta = torch.stack([beta[pairs, columns].flatten(0, 1) for _, beta in self.bends[i]], -1)
-            c = torch.stack([tile.norm.centre(x[pairs, columns].flatten(0, 1)) for x, _ in self.bends[i]], 1)
-            found.transpose(0, 1).baddbmm_(beta, c, alpha=-1)  # [row, reader, run] @ [row, run, d_model]
-        return found
+            beta = torch.stack([beta[pairs, columns].flatten(0, 1) for _, beta in bends], -1)
+            c = torch.stack([tile.norm.centre(x[pairs, columns].flatten(0, 1)) for x, _ in bends], 1)
+            if len(bends) == 1:
+                out.addcmul_(beta.transpose(0, 1), c[None, :, 0], value=-1)
+            else:
+                out.transpose(0, 1).baddbmm_(beta, c, alpha=-1)  # [row, reader, run] @ [row, run, d_model]
+        return True
 
 
 def _into(norm: Norm | None, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:

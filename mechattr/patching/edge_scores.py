@@ -6,6 +6,7 @@ model's width. Vectors of that width are formed for as many positions at a time 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -73,10 +74,10 @@ class Writers:
                 parts.append((self.mlp_out[layer] != 0).any()[None])
         return torch.cat(parts)
 
-    def outputs(self, pairs: slice, columns: slice) -> Float[Tensor, "writer row d_model"]:
-        """What each writer adds to the residual stream, at pairs and columns in one axis."""
+    def outputs(self, pairs: slice, columns: slice, room: Tensor) -> Float[Tensor, "writer row d_model"]:
+        """What each writer adds to the residual stream, at pairs and columns in one axis; written into `room`."""
         start = self.start[pairs, columns].flatten(0, 1)
-        found = start.new_empty(len(self.graph.writers), *start.shape)
+        found = _shaped(room, len(self.graph.writers), *start.shape)
         found[0] = start
         for layer, z in enumerate(self.z):
             first = 1 + layer * self.graph.writers_a_layer
@@ -103,21 +104,29 @@ def pair_scores(writers: Writers, readers: Readers) -> Iterator[Float[Tensor, "p
     come in parts of that size, or one pair at a time.
     """
     n_pairs, n_columns, d_model = writers.start.shape
+    width = max(tile.width for tile in readers.tiles)
     shape = (len(writers.graph.writers), len(writers.graph.readers))
     size = writers.start.element_size()
     fitting = max(1, BUFFER // (shape[0] * d_model * size))
     at_once = max(1, min(fitting // n_columns, BUFFER // (shape[0] * shape[1] * size)))
     step = min(n_columns, fitting)
+    # fresh memory is slow: the system hands it out page by page
+    rooms = [writers.start.new_empty(n * at_once * step * d_model) for n in (shape[0], width)]
     for first in range(0, n_pairs, at_once):
         pairs = slice(first, min(first + at_once, n_pairs))
         found = writers.start.new_zeros(pairs.stop - pairs.start, *shape)
         for left in range(0, n_columns, step):
             columns = slice(left, min(left + step, n_columns))
-            outputs = writers.outputs(pairs, columns)
+            outputs = writers.outputs(pairs, columns, rooms[0])
             for i, tile in enumerate(readers.tiles):
-                gradient = readers.gradient(i, pairs, columns)
-                if gradient is not None:
+                there = _shaped(rooms[1], tile.width, *outputs.shape[1:])
+                if readers.gradient(i, pairs, columns, out=there):
                     here = outputs[: tile.seen].unflatten(1, (len(found), -1)).flatten(2).transpose(0, 1)
-                    there = gradient.unflatten(1, (len(found), -1)).flatten(2).permute(1, 2, 0)
+                    there = there.unflatten(1, (len(found), -1)).flatten(2).permute(1, 2, 0)
                     found[:, : tile.seen, tile.columns] += here @ there
         yield found
+
+
+def _shaped(room: Tensor, *shape: int) -> Tensor:
+    """The beginning of a flat tensor in a shape."""
+    return room[: math.prod(shape)].view(shape)
