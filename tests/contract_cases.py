@@ -78,19 +78,20 @@ def receivers(model: Any, heads: Heads, _settings: Mapping[str, Any]) -> dict[st
     return {"receivers": [Node("v", 1, head=heads.kv.index(0)), Node("resid_post", model.info.n_layers - 1)]}
 
 
-def scored(model: Any, heads: Heads, _settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Random scores of the edges of a model's graph."""
+def scored(model: Any, heads: Heads, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Random scores of the edges of a model's graph, in the direction in which the method runs."""
+    direction = "denoising" if (settings or {}).get("direction") == "denoising" else "noising"
     graph = Graph.of(model.info)
     signed = torch.randn(graph.mask.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     signed = signed[[graph.writer_index(heads.name(name)) for name in graph.writers]]
     signed = signed[:, [graph.reader_index(heads.name(name)) for name in graph.readers]]
     sizes = {name: getattr(graph, name) for name in ("n_layers", "n_heads", "n_kv_heads", "has_mlp", "parallel")}
     tables = edge_tables(graph, signed.abs(), signed)
-    return {"edges": EdgeAttribution(tables, settings={"direction": "noising", **sizes}, provenance={})}
+    return {"edges": EdgeAttribution(tables, settings={"direction": direction, **sizes}, provenance={})}
 
 
-def circuit(model: Any, heads: Heads, _settings: Mapping[str, Any]) -> dict[str, Any]:
-    edges = scored(model, heads)["edges"]
+def circuit(model: Any, heads: Heads, settings: Mapping[str, Any]) -> dict[str, Any]:
+    edges = scored(model, heads, settings)["edges"]
     return {"circuit": edges.circuit(edges.graph.n_edges * 3 // 4)}
 
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mechattr.draw.labels import along_lines, make_room, place, title
 from mechattr.draw.scatter import GROUP_COLOURS
-from mechattr.draw.style import INK, RED_BLUE, SMALL_POINTS, array, new_figure, style
+from mechattr.draw.style import INK, RED_BLUE, SMALL_POINTS, TICK_POINTS, array, new_figure, style
 from mechattr.errors import SettingError
 
 if TYPE_CHECKING:
@@ -17,8 +18,12 @@ if TYPE_CHECKING:
 
     from mechattr.draw.style import Values
 
+    Point = tuple[float, float]
+    _Name = tuple[str, Point, str, str]  # text, where, colour, gid
+
 BLUE, GREY, PALE = RED_BLUE[-2], "#888888", "#dddddd"
 BAND = (10.0, 90.0)  # percentiles over pairs or draws
+SHORT = 1e-3  # how close to 1 counts as reached
 DECADES = 12.0  # beyond this ratio of the largest effect to the bound, effects are drawn on a log axis
 
 
@@ -122,7 +127,7 @@ def discovery_curve(
         ideal: [point]; min(visited / k, 1) without it.
         random: [point] or [draw, point], the share of a random order.
         cost: what `visited` counts.
-        ax: axes to draw into; a new figure without it.
+        ax: axes to draw into, whose figure gets the constrained layout if it has none; a new figure without it.
 
     Raises:
         SettingError: shapes that do not fit, or a cost that a log axis cannot show.
@@ -137,6 +142,7 @@ def discovery_curve(
     with style():
         if ax is None:
             ax = new_figure(5.8, 3.5).add_subplot()
+        make_room(ax)
         ax.set(xscale="log", xlim=(x.min(), x.max()), ylim=(-0.02, 1.04), xlabel=f"{cost} (log)")
         ax.set_ylabel(f"share of the true top {k} found")
         ax.axhline(1.0, color=PALE, linewidth=0.8, zorder=0)
@@ -150,7 +156,7 @@ def discovery_curve(
                 ax, x, chance, color=GREY, linewidth=1.1, linestyle="--", zorder=2, gid="random", label="random order"
             )
         ax.plot(x, best, color=INK, linewidth=0.9, zorder=2, gid="ideal", label="ideal")
-        ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.03), frameon=False, handlelength=1.4, labelspacing=0.7)
+        ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, handlelength=1.4, labelspacing=0.7)
     return ax
 
 
@@ -162,11 +168,13 @@ def faithfulness_curve(
     cpr: float | None = None,
     cmd: float | None = None,
     crossing: float | None = None,
+    note: str = "",
     ax: Axes | None = None,
 ) -> Axes:
     """How faithful is the circuit? Faithfulness against circuit size (log x), random circuits as a band.
 
-    1 is the whole model, 0 the model with every edge ablated.
+    1 is the whole model, 0 the model with every edge ablated. An open circle marks where the line that is drawn first
+    reaches 1. A single size is a point, its random circuits a point with a bar.
 
     Args:
         sizes: [size], edges, above 0.
@@ -174,8 +182,9 @@ def faithfulness_curve(
         random: [size] or [draw, size], random circuits of the same sizes.
         cpr: area under the curve, over the share of edges.
         cmd: area between the curve and 1.
-        crossing: number of edges at which the curve first reaches 1.
-        ax: axes to draw into; a new figure without it.
+        crossing: the smallest circuit that reached 1, in edges: the circle says so.
+        note: what to say above the axes besides, such as why the values cannot be trusted.
+        ax: axes to draw into, whose figure gets the constrained layout if it has none; a new figure without it.
 
     Raises:
         SettingError: shapes that do not fit, or a size that a log axis cannot show.
@@ -187,34 +196,36 @@ def faithfulness_curve(
     with style():
         if ax is None:
             ax = new_figure(5.8, 3.4).add_subplot()
-        ax.set(xscale="log", xlim=(x.min(initial=1.0), max(x.max(initial=2.0), x.min(initial=1.0) * 2)))
+        make_room(ax)
+        first, last = (float(x.min()), float(x.max())) if x.size else (1.0, 10.0)
+        beside = (last / first) ** 0.03 if last > first else 10.0  # room for whole markers, or a decade for one
+        ax.set(xscale="log", xlim=(first / beside, last * beside))
         for level, name in ((1.0, "whole model"), (0.0, "every edge\nablated")):
             ax.axhline(level, color=GREY, linewidth=0.7, zorder=1, gid="level")
             ax.annotate(
                 name, (1.0, level), (5, 0), xycoords=("axes fraction", "data"), textcoords="offset points",
-                va="center", color="#666666", gid="level-name",
+                va="center", color="#666666", gid="level-name", annotation_clip=False,
             )  # fmt: skip
+        names: list[_Name] = []
         if random is not None:
             chance = _curve(random, x.size, "random")
-            _line(ax, x, chance, color=GREY, linewidth=1.1, linestyle="--", zorder=2, gid="random")
-            _beside(ax, "random circuits", x, _mean(chance), 0.35, "#666666")
+            look = {"color": GREY, "linewidth": 1.1, "linestyle": "--", "markersize": 3.5}
+            if x.size == 1 and np.isfinite(chance).any():
+                ax.plot([x[0], x[0]], np.nanpercentile(chance, BAND), color=GREY, linewidth=1.1, zorder=2, gid="range")
+            _line(ax, x, chance, zorder=2, gid="random", marker="o" if x.size == 1 else "", **look)  # type: ignore[arg-type]
+            names.append(("random circuits", _reaches(x, _mean(chance), 0.35), "#666666", "line-name"))
         _line(ax, x, ours, color=BLUE, linewidth=2.0, marker="o", markersize=3.5, zorder=3, gid="circuit")
-        _beside(ax, "circuit", x, _mean(ours), 0.6, BLUE)
+        names.append(("circuit", _reaches(x, _mean(ours), 0.6), BLUE, "line-name"))
         low, high = ax.get_ylim()
         ax.set_ylim(min(low, -0.06), max(high, 1.12))
         ax.set(xlabel="edges in the circuit (log)", ylabel="faithfulness")
         if crossing is not None and math.isfinite(crossing):
-            ax.plot([crossing], [1.0], "o", markersize=6, markerfacecolor="white", markeredgecolor=INK, zorder=4)
-            ax.annotate(
-                f"1 at {crossing:,.0f} edges", (crossing, 1.0), (-6, 4), textcoords="offset points", gid="crossing",
-                ha="right", va="bottom",
-            )  # fmt: skip
+            at = _reaches(x, _mean(ours), 1.0, SHORT)
+            ax.plot(*at, "o", markersize=6, mfc="white", mec=INK, zorder=4, gid="reached")
+            names.insert(0, (f"reaches 1 by {crossing:,.0f} edges", at, INK, "crossing"))
         areas = [f"{name} {area:.3g}" for name, area in (("CPR", cpr), ("CMD", cmd)) if area is not None]
-        if areas:
-            ax.annotate(
-                "\n".join(areas), (0.0, 1.0), (6, -2), xycoords="axes fraction", textcoords="offset points",
-                va="top", fontweight="bold", gid="areas",
-            )  # fmt: skip
+        title(ax, note, ", ".join(areas))
+        _name(ax, [name for name in names if np.isfinite(name[1]).all()])
     return ax
 
 
@@ -248,19 +259,26 @@ def _line(ax: Axes, x: np.ndarray, rows: np.ndarray, *, color: str, zorder: floa
     ax.plot(x, _mean(rows), color=color, zorder=zorder, **look)  # type: ignore[arg-type]
 
 
-def _beside(ax: Axes, name: str, x: np.ndarray, y: np.ndarray, level: float, color: str) -> None:
-    """Names a curve left of the place where its line (log x) first reaches a level, or of its last point."""
+def _reaches(x: np.ndarray, y: np.ndarray, level: float, short: float = 0.0) -> Point:
+    """Where a line (log x) first reaches a level, or the first point that falls short of it by no more than `short`;
+    its last point where it does not."""
     if not len(x):
-        return
-    reached = np.flatnonzero(y >= level)
-    place = (x[-1], y[-1])
-    if reached.size:
-        last = int(reached[0])
-        place = (x[last], y[last])
-        if last:
-            near = slice(last - 1, last + 1)
-            place = (float(np.exp(np.interp(level, y[near], np.log(x[near])))), level)
-    ax.annotate(name, place, (-7, 0), textcoords="offset points", ha="right", va="center", color=color, gid="line-name")
+        return math.nan, math.nan
+    reached = np.flatnonzero(y >= level - short)
+    at = int(reached[0]) if reached.size else len(x) - 1
+    if not reached.size or not at or y[at] <= level:
+        return float(x[at]), float(y[at])
+    share = (level - y[at - 1]) / (y[at] - y[at - 1])
+    return float(np.exp(np.interp(share, (0.0, 1.0), np.log(x[at - 1 : at + 1])))), level
+
+
+def _name(ax: Axes, names: list[_Name]) -> None:
+    """Writes names beside places of lines, where they cover no line."""
+    texts, places = [name[0] for name in names], [name[1] for name in names]
+    for text, (_, _, color, gid) in zip(
+        place(ax, places, texts, size=TICK_POINTS, others=along_lines(ax)), names, strict=True
+    ):
+        text.set(color=color, gid=gid)
 
 
 def apart(wanted: np.ndarray, gap: float, low: float = -math.inf, high: float = math.inf) -> np.ndarray:

@@ -54,8 +54,8 @@ def circuit_graph(
     """Which edges? Layers upward, heads to the right by index, MLPs in a column beside them.
 
     Width by |contribution|, linear up to the 99th percentile; blue where positive, red where negative, grey where not
-    measured. Queries are dashed, keys dotted. Only the edges of largest |contribution| are drawn, and nodes with such
-    an edge; the others are counted above. Layers without a drawn node are left out.
+    measured. Queries are dashed, keys dotted. Only the edges of largest |contribution| are drawn, those of exactly 0
+    never, and nodes with such an edge; the others are counted above. Layers without a drawn node are left out.
 
     Args:
         edges: source, target and contribution: `"input"`, `"a0.h1"`, `"m0"` to `"a2.h3<q>"`, `"m1"`, `"logits"`.
@@ -90,7 +90,7 @@ def circuit_graph(
         paths = graph.paths()
         for (_, target, value), path in reversed(list(zip(graph.ends, paths, strict=True))):
             width = THIN + (THICK - THIN) * min(abs(value) / bound, 1.0) if math.isfinite(value) else THIN
-            colour = UNMEASURED if math.isnan(value) else (POSITIVE if value >= 0 else NEGATIVE)
+            colour = UNMEASURED if math.isnan(value) else (POSITIVE if value > 0 else NEGATIVE)
             curve = Path(path, [Path.MOVETO] + [Path.CURVE4] * (len(path) - 1))
             casing = {"edgecolor": "white", "linewidth": width + 1.2, "alpha": 0.7}
             look = {"edgecolor": colour, "linewidth": width, "linestyle": DASHES[target.kind], "gid": "edge"}
@@ -122,6 +122,16 @@ def graph_size(edges: Iterable[Edge], *, group: int = 1, limit: int = 60) -> tup
     return _Layout(list(edges), group, limit).size
 
 
+def node_name(name: str) -> str:
+    """A node as the graph names it, with how an edge enters it: "L0H1 q" for `"a0.h1<q>"`, "MLP 2" for `"m2"`.
+
+    Raises:
+        SettingError: a name that is no node.
+    """
+    end = _end(name)
+    return f"{end.name} {end.kind}".rstrip()
+
+
 class _Layout:
     """Where nodes stand: rows from the lowest up, and by row the middle of each node."""
 
@@ -129,7 +139,9 @@ class _Layout:
         if limit < 1:
             raise SettingError("edges to draw", f"limit = {limit}", "draw at least 1")
         # strongest first, what was not measured last
-        self.drawn = sorted(edges, key=lambda edge: -abs(edge[2]) if math.isfinite(edge[2]) else 1.0)[:limit]
+        some = [edge for edge in edges if edge[2] != 0]
+        self.drawn = sorted(some, key=lambda edge: -abs(edge[2]) if math.isfinite(edge[2]) else 1.0)[:limit]
+        self.n_zero = len(edges) - len(some)
         pairs = _in_groups([(_end(source), _end(target), value) for source, target, value in self.drawn], group)
         heads = {end.head for pair in pairs for end in pair[:2]}
         wide = min(max((max(heads, default=0) + 1) * (BOX + BETWEEN), WIDTH[0]), WIDTH[1])
@@ -266,13 +278,16 @@ def _legend(ax: Axes, bound: float, unit: str, graph: _Layout, *, clipped: int) 
 
 def _caption(edges: Sequence[Edge], graph: _Layout) -> str:
     """How many edges are drawn, and what the others amount to."""
-    rest = len(edges) - len(graph.drawn)
+    rest, zero = len(edges) - len(graph.drawn), graph.n_zero
     nodes = len({end.name for *ends, _ in graph.ends for end in ends})
-    lines = [f"{len(edges)} edges between {nodes} nodes"]
-    if rest:
+    lines = [f"{len(graph.drawn)} edges between {nodes} nodes"]
+    if zero == rest > 0:
+        lines = [f"{lines[0]};", f"{zero} more {'has' if zero == 1 else 'have'} contribution 0, not drawn"]
+    elif rest:
         total, shown = (float(np.nansum(np.abs([value for *_, value in some]))) for some in (edges, graph.drawn))
         share = f", with {100 * (total - shown) / total:.0f} % of the summed |contribution|" if total > 0 else ""
-        lines = [f"the {len(graph.drawn)} strongest of {len(edges)} edges;", f"{rest} are not drawn{share}"]
+        of_zero = f", {zero} of contribution 0" if zero else ""
+        lines = [f"the {len(graph.drawn)} strongest of {len(edges)} edges{of_zero};", f"{rest} are not drawn{share}"]
     if graph.group > 1 and any(target.kind in ("k", "v") for _, target, _ in graph.ends):
         lines.append(f"keys and values that {graph.group} heads share end at one of them")
     return "\n".join(lines)

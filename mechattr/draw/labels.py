@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.transforms import Bbox
 
 RINGS = (5.0, 10.0, 18.0, 28.0, 42.0, 60.0, 84.0)  # distances from the point, in points
+STEP = 6.0  # pixels between the points of a line that text keeps clear of
 DIRECTIONS = tuple(math.radians(angle) for angle in (20, 160, -20, -160, 55, 125, -55, -125, 90, -90, 0, 180))
 
 
@@ -99,3 +101,32 @@ def place(
 def _nearest_edge(box: Bbox, x: float, y: float) -> tuple[float, float]:
     """The point of a box that is nearest to (x, y)."""
     return min(max(x, box.x0), box.x1), min(max(y, box.y0), box.y1)
+
+
+def along_lines(ax: Axes) -> np.ndarray:
+    """Points [n, 2] along every line of the axes, in data coordinates, so that `place` keeps text clear of lines."""
+    found = [np.zeros((0, 2))]
+    for line in ax.get_lines():
+        corners = line.get_transform().transform(np.asarray(line.get_xydata(), dtype=float))
+        corners = corners[np.isfinite(corners).all(1)]
+        if len(corners):
+            lengths = np.concatenate([[0.0], np.hypot(*np.diff(corners, axis=0).T).cumsum()])
+            steps = np.arange(0.0, lengths[-1] + STEP, STEP)
+            points = np.stack([np.interp(steps, lengths, corners[:, axis]) for axis in (0, 1)], axis=1)
+            found.append(ax.transData.inverted().transform(points))
+    return np.concatenate(found)
+
+
+def make_room(ax: Axes) -> None:
+    """Lets the layout keep what stands beside the axes on the figure, where the figure has no layout of its own."""
+    figure = ax.figure.figure
+    if figure.get_layout_engine() is None:
+        figure.set_layout_engine("constrained")
+
+
+def title(ax: Axes, *remarks: str) -> None:
+    """Remarks above the axes, each from a new line, in lines as long as the axes allow."""
+    width = 72 * ax.get_position().width * ax.figure.figure.get_figwidth()
+    longest = max(24, int(width / (0.55 * (SMALL_POINTS + 1))))
+    lines = [line for remark in remarks for line in textwrap.wrap(remark, longest)]
+    ax.set_title("\n".join(lines), loc="left", fontsize=SMALL_POINTS + 1)

@@ -35,6 +35,7 @@ from torch import Tensor
 ROUNDING = 1e-13  # a sum of squares that cancels to so small a part of itself is rounding
 MIN_INCLUSIONS = 8  # expected inclusions of a node at the first look
 MAX_LOOKS = 6
+AT_ONCE = 2**17  # numbers of a sample and node that are held in float64 at a time: they stay in the processor's cache
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -80,8 +81,15 @@ class Split:
         values = values.double()
         centre = values.mean() if len(values) else torch.zeros((), dtype=torch.float64)
         powers = torch.stack([torch.ones_like(values), values - centre, (values - centre).square()])
-        parts = (Moments.of_powers(powers @ mask.double(), centre) for mask in (chosen, ~chosen))
-        return cls(*parts)
+        sums = torch.empty(2, 3, chosen.shape[1], dtype=torch.float64)
+        width = max(1, AT_ONCE // max(1, len(values)))
+        for first in range(0, chosen.shape[1], width):
+            nodes = slice(first, first + width)
+            mask = chosen[:, nodes].double()
+            sums[0, :, nodes] = powers @ mask
+            sums[1, :, nodes] = powers @ mask.neg_().add_(1)
+        inside, outside = (Moments.of_powers(part, centre) for part in sums)
+        return cls(inside, outside)
 
     def __add__(self, other: Split) -> Split:
         return Split(self.inside + other.inside, self.outside + other.outside)
@@ -177,7 +185,10 @@ def draw(
     """For the samples of a chunk, a stratum at random and which nodes are on; the same for the same arguments."""
     generator = np.random.default_rng([seed, chunk])
     stratum = generator.integers(strata, size=samples)
-    return torch.from_numpy(stratum), torch.from_numpy(generator.random((samples, nodes), dtype=np.float32) < p)
+    chosen = np.empty((samples, nodes), dtype=np.bool_)
+    for row in chosen:  # one after the other: a byte a node is kept, four only for one sample
+        np.less(generator.random(nodes, dtype=np.float32), p, out=row)
+    return torch.from_numpy(stratum), torch.from_numpy(chosen)
 
 
 def planned_looks(samples: int, p: float) -> list[int]:

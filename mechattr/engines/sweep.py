@@ -9,14 +9,43 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from tqdm.auto import tqdm
 
-from mechattr.errors import OutputExistsError
+from mechattr.errors import OutputExistsError, SettingError
 
 Chunk = TypeVar("Chunk")
+
+
+class Journal:
+    """The numbers of finished chunks, in a file or, without a path, nowhere.
+
+    Args:
+        path: the file; created when missing.
+        key: what identifies the work; a journal with another key is refused.
+
+    Raises:
+        SettingError: something else than a path.
+        OutputExistsError: the journal belongs to other work, or the file is no journal.
+    """
+
+    def __init__(self, path: Path | None, key: Mapping[str, Any]) -> None:
+        if path is not None and not isinstance(path, str | os.PathLike):
+            fix = "give the path of a file, or None"
+            raise SettingError(f"resume={path!r}", f"a {type(path).__name__}, no path", fix)
+        self.path = None if path is None else Path(path)
+        self.done = {} if self.path is None else _read(self.path, key)
+
+    def numbers(self, chunk: int, compute: Callable[[], list[float]], n: int | None = None) -> list[float]:
+        """The numbers of a chunk, computed and noted unless they are there already: `n` of them, where it is given."""
+        if chunk not in self.done or n not in (None, len(self.done[chunk])):
+            self.done[chunk] = compute()
+            if self.path is not None:
+                _append(self.path, {"chunk": chunk, "values": self.done[chunk]})
+        return self.done[chunk]
 
 
 def sweep(
@@ -42,20 +71,15 @@ def sweep(
         label: what the bar says.
 
     Raises:
-        OutputExistsError: the journal belongs to another sweep, or the file is no journal.
+        SettingError, OutputExistsError: as `Journal`.
     """
-    done = {} if resume is None else _read(Path(resume), key)
+    journal = Journal(resume, key)
     found: list[list[float]] = []
     with tqdm(desc=label, disable=None if progress is None else not progress) as bar:
         for made, group in enumerate(groups, start=1):
             bar.total = (len(found) + len(group)) * n_groups // made
             for chunk in group:
-                i = len(found)
-                if i not in done:
-                    done[i] = compute(chunk)
-                    if resume is not None:
-                        _append(Path(resume), {"chunk": i, "values": done[i]})
-                found.append(done[i])
+                found.append(journal.numbers(len(found), partial(compute, chunk)))
                 bar.update()
     return found
 

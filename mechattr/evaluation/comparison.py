@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -128,5 +129,18 @@ class Comparison(Artifact):
         ax = draw.pyplot_axes(6.2, 3.5) if ax is None else ax
         return draw.discovery_curve(found, visited, k=k, random=chance, cost="verifications", ax=ax)
 
+    @property
+    def summary(self) -> str:
+        """How many orders of how many nodes, and which is the cheapest."""
+        best = self.to_pandas(ks=()).iloc[0]
+        return (
+            f"{len(self.methods)} orders of {len(self.tensors['effect']):,} nodes; cheapest: {best['method']}, "
+            f"relative cost {best['relative_cost']:.3g} ({best['with_setup']:.3g} with what its estimate cost)"
+        )
+
+    def __repr__(self) -> str:
+        return f"Comparison({self.summary})"
+
     def _repr_html_(self) -> str:
-        return self.to_pandas().to_html(index=False, float_format="{:.3g}".format)
+        table = self.to_pandas().to_html(index=False, float_format="{:.3g}".format)
+        return f"<div>{escape(self.summary)}</div>{table}"

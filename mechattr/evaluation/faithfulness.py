@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -21,12 +21,22 @@ from torch import Tensor
 from mechattr.artifact import Passes
 from mechattr.base import Artifact
 from mechattr.errors import SettingError
-from mechattr.evaluation.scale import check_draws, check_graph, ratio
+from mechattr.evaluation.scale import (
+    check_draws,
+    check_graph,
+    check_kind,
+    counts_of,
+    doubt,
+    gap_of,
+    ratio,
+    scored_direction,
+)
 from mechattr.labelled import Labelled
 from mechattr.models.base import HookedModel
-from mechattr.patching.circuit import Circuit, circuit_of
+from mechattr.patching.circuit import Circuit, extracted
 from mechattr.patching.edge_artifact import EdgeAttribution
 from mechattr.patching.edge_run import EdgeRun
+from mechattr.patching.places import check_call
 from mechattr.patching.settings import provenance_of, settings_of
 from mechattr.tasks.task import Task
 
@@ -36,6 +46,7 @@ if TYPE_CHECKING:
 
 
 SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+TAKEN = ("contribution", "top")  # by and method
 REACHED = 1e-3  # how close to 1 counts as reached: the whole model itself is 1 up to rounding
 
 
@@ -102,7 +113,13 @@ class Faithfulness(Artifact):
 
     @property
     def summary(self) -> str:
-        """The result in a sentence or two."""
+        """The result in a sentence or two, and before it whether f is meaningful at all: where the gap is less than 2
+        standard errors from 0 it is not."""
+        unsure = doubt(self.settings)
+        return f"{unsure}. {self._findings}" if unsure else self._findings
+
+    @property
+    def _findings(self) -> str:
         total, ablation = self._number("graph_edges"), self.settings["ablation"]
         if len(self.sizes) == 1:
             f, rest = self.values.item(), self.tensors["complement"].values.item()
@@ -147,8 +164,12 @@ class Faithfulness(Artifact):
         crossing, chance = None if single else self.crossing, random if len(random) else None
         ax = draw.pyplot_axes(5.8, 3.4) if ax is None else ax
         return draw.faithfulness_curve(
-            torch.tensor(self.sizes), self.values, random=chance, crossing=crossing, ax=ax, **areas
-        )
+            torch.tensor(self.sizes), self.values, random=chance, crossing=crossing, ax=ax,
+            note=doubt(self.settings), **areas,
+        )  # fmt: skip
+
+    def __repr__(self) -> str:
+        return f"Faithfulness({self.summary})"
 
     def _repr_html_(self) -> str:
         table = self.to_pandas().to_html(index=False, na_rep="", float_format="{:.4g}".format)
@@ -168,12 +189,12 @@ def faithfulness(
     edges: EdgeAttribution | Circuit,
     *,
     sizes: Sequence[float] = SHARES,
-    by: str = "contribution",
-    method: str = "top",
+    by: str = TAKEN[0],
+    method: str = TAKEN[1],
     ablation: str = "resample",
     random: int = 5,
     seed: int = 0,
-    direction: str = "noising",
+    direction: str | None = None,
     batch_size: int | None = None,
     progress: bool | None = None,
     resume: Path | None = None,
@@ -186,26 +207,30 @@ def faithfulness(
     with $m$ the mean metric over pairs, $M$ all edges, $\varnothing$ none, and $k$ the share of edges; the integrals
     run from the smallest share to the largest by the trapezoidal rule. $f$ has no ceiling: a circuit without the edges
     that work against a behaviour can exceed 1, which CPR rewards and CMD does not. The complement's
-    $f(M \setminus C)$ says what the model can still do without the circuit (completeness).
+    $f(M \setminus C)$ says what the model can still do without the circuit (completeness). Where the mean gap
+    $m(M) - m(\varnothing)$ is less than 2 standard errors from 0 over the pairs, f divides by what may be noise: the
+    result says so, and `settings["gap"]` has both numbers. A size at which no path is left is the empty circuit.
 
     Args:
         model: a hooked model whose blocks add to the residual stream.
         task: prompt pairs with a metric; other pairs than those that the scores come from make the fairer test.
-        edges: scores of edges, or one circuit, which is then the only size.
+        edges: scores of edges, or one circuit, which is then the only size; `sizes`, `by` and `method` are for scores.
         sizes: shares of all edges, above 0 and up to 1; shares that come to the same number of edges count once.
-        by: `"contribution"` or `"score"`; see `circuit_of`.
+        by: `"contribution"`, `"score"` or `"abs_signed"`; see `circuit_of`.
         method: `"top"` or `"greedy"`; see `circuit_of`.
         ablation: `"resample"`, `"mean"` or `"zero"`; see `EdgeRun`.
         random: how many random circuits stand beside each circuit, with the same number of edges.
         seed: of the random circuits.
-        direction: `"noising"` runs the clean prompts and ablates with the corrupt ones, `"denoising"` the reverse.
+        direction: `"noising"` runs the clean prompts and ablates with the corrupt ones, `"denoising"` the reverse;
+            that of the edges without it.
         batch_size: rows of a forward pass; it halves itself when memory runs out.
         progress: `None` shows a bar on a terminal only.
         resume: a journal; a run that was killed goes on from it and returns the same result.
 
     Raises:
         SettingError: the metric is the same with all edges and with none, so that f is undefined; or an unusable
-            share, number of random circuits or batch size.
+            share, number of random circuits or batch size; or another direction than that of the edges; or `sizes`,
+            `by` or `method` with a circuit.
         MismatchError: scores or a circuit of another graph than the model's.
         UnknownNameError: no such measure, method, ablation or direction.
         UnsupportedFeatureError: a model whose heads have no writes of their own.
@@ -220,15 +245,19 @@ def faithfulness(
         Wang et al. 2023, arXiv:2211.00593 (faithfulness, completeness, minimality); Mueller et al. 2025,
         arXiv:2504.13151 (CPR, CMD).
     """
+    check_call("faithfulness", model, task)
     check_draws(random, seed)
-    run = EdgeRun(model, task, direction=direction, ablation=ablation, batch_size=batch_size)
-    check_graph(run, edges, (Circuit, EdgeAttribution))
+    check_kind(edges, (Circuit, EdgeAttribution))
+    way = scored_direction(edges, direction)
+    run = EdgeRun(model, task, direction=way, ablation=ablation, batch_size=batch_size)
+    check_graph(run, edges)
     if isinstance(edges, Circuit):
+        _check_unused(sizes, by, method)
         asked = {edges.n_edges: edges}
         how = {"by": None, "extraction": edges.settings.get("extraction")}
     else:
         counts = counts_of(sizes, run.graph.n_edges)
-        asked = {n: circuit_of(edges, n, by=cast(Any, by), method=cast(Any, method)) for n in counts}
+        asked = {n: extracted(edges, n, by=cast(Any, by), method=cast(Any, method)) for n in counts}
         how = {"by": by, "extraction": method}
     circuits = [[circuit, *(circuit.random_like(seed + i) for i in range(random))] for circuit in asked.values()]
     ends = torch.stack([run.graph.mask, torch.zeros_like(run.graph.mask)])
@@ -259,6 +288,7 @@ def faithfulness(
         ablation=run.ablation,
         whole=whole.mean().item(),
         empty=empty.mean().item(),
+        gap=gap_of(whole, empty),
         graph_edges=run.graph.n_edges,
         random=random,
         seed=seed,
@@ -267,18 +297,14 @@ def faithfulness(
     return Faithfulness(tensors, settings=settings, provenance=provenance_of(model, task))
 
 
-def counts_of(sizes: Sequence[float], n_edges: int) -> list[int]:
-    """Shares as numbers of edges, ascending, each once and at least one edge.
-
-    Raises:
-        SettingError: no sizes, or one that is no share.
-    """
-    sizes = list(sizes) if isinstance(sizes, Iterable) else [sizes]
-    bad = [size for size in sizes if isinstance(size, bool) or not isinstance(size, int | float) or not 0 < size <= 1]
-    if bad or not len(sizes):
-        found = repr(bad[0]) if bad else "an empty list"
-        raise SettingError("sizes of circuits", found, "give shares of all edges above 0 and up to 1, such as 0.01")
-    return sorted({max(1, round(size * n_edges)) for size in sizes})
+def _check_unused(sizes: Sequence[float], by: str, method: str) -> None:
+    given = [f"sizes={sizes!r}"] if sizes is not SHARES else []
+    given += [
+        f"{name}={x!r}" for name, x, usual in zip(("by", "method"), (by, method), TAKEN, strict=True) if x != usual
+    ]
+    if given:
+        fix = "leave it out, or give the scores of the edges in the circuit's place"
+        raise SettingError(f"the faithfulness of one circuit with {', '.join(given)}", "a circuit is one size", fix)
 
 
 def _area(x: Float[Tensor, " size"], y: Float[Tensor, " size"]) -> float:

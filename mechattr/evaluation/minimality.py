@@ -13,18 +13,22 @@ from torch import Tensor
 from mechattr.artifact import Passes
 from mechattr.base import Artifact
 from mechattr.errors import EmptyTaskError, UnknownNameError, nearest
-from mechattr.evaluation.scale import check_draws, check_graph, ratio
+from mechattr.evaluation.scale import check_draws, check_graph, check_kind, doubt, gap_of, ratio, scored_direction
 from mechattr.labelled import Labelled
 from mechattr.models.base import HookedModel
 from mechattr.patching.circuit import Circuit
 from mechattr.patching.edge_run import EdgeRun
+from mechattr.patching.places import check_call
 from mechattr.patching.settings import provenance_of, settings_of
 from mechattr.tasks.task import Task
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.axes import Axes
 
 UNITS = ("node", "edge")
+ARROW = " -> "  # between the ends of an edge
+RARE = 0.95  # share of the random circuits' parts that a part beats where it stands out
 _SHOWN = 20  # rows of a table in a notebook
 
 
@@ -42,6 +46,29 @@ class Minimality(Artifact):
         """What the result cost, in prompt rows."""
         return Passes(**cast(dict[str, float], self.settings["passes"]))
 
+    @property
+    def chance_level(self) -> float:
+        """The drop that 95 % of the random circuits' parts stay below; NaN without random circuits."""
+        random = self.tensors["random"].values
+        known = random[~random.isnan()]
+        return float(known.quantile(RARE)) if len(known) else math.nan
+
+    @property
+    def summary(self) -> str:
+        """The result in two sentences, and before them whether f is meaningful at all: where the gap is less than 2
+        standard errors from 0 it is not."""
+        drop, unit = self.tensors["drop"], str(self.settings["unit"])
+        whole, first = float(cast(float, self.settings["faithfulness"])), int(drop.values.argmax())
+        unsure, n, largest = doubt(self.settings), len(drop), drop.values[first].item()
+        text = f"{unsure}. " if unsure else ""
+        text += f"A circuit of {self.settings['n_edges']:,} edges has f = {whole:.3g}; "
+        text += f"of its {n} {unit}{'s' * (n != 1)} {drop.coords['part'][first]} is worth most, {largest:.3g}."
+        if not math.isnan(self.chance_level):
+            above = int((drop.values > self.chance_level).sum())
+            verb = "is" if above == 1 else "are"
+            text += f" {above} of {n} {verb} worth more than {RARE:.0%} of those of random circuits."
+        return text
+
     def to_pandas(self) -> pd.DataFrame:
         """The parts, largest drop first: part, drop, and chance, the share of the random circuits' parts whose drop is
         at least as large (NaN without random circuits)."""
@@ -53,12 +80,27 @@ class Minimality(Artifact):
         frame = pd.DataFrame({"part": list(drop.coords["part"]), "drop": drop.values.numpy(), "chance": chance})
         return frame.sort_values("drop", ascending=False, kind="stable", ignore_index=True)
 
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draws the drops of the parts; see `mechattr.draw.drop_bars`."""
+        from mechattr import draw
+
+        table = self.to_pandas()
+        names = [" → ".join(map(draw.node_name, part.split(ARROW))) for part in table["part"]]
+        ax = draw.pyplot_axes(*draw.drop_size(len(names))) if ax is None else ax
+        level, kind = self.chance_level, f"{self.settings['unit']}s"
+        return draw.drop_bars(
+            names, table["drop"].to_numpy(), chance=level, label=f"{RARE:.0%} of random circuits' {kind} drop less",
+            kind=kind, note=doubt(self.settings), ax=ax,
+        )  # fmt: skip
+
+    def __repr__(self) -> str:
+        return f"Minimality({self.summary})"
+
     def _repr_html_(self) -> str:
         table = self.to_pandas()
-        line = f"{len(table)} {self.settings['unit']}s of a circuit with f = {self.settings['faithfulness']:.3g}"
         shown = table.head(_SHOWN).to_html(index=False, escape=True, na_rep="", float_format="{:.4g}".format)
         more = f"<div>and {len(table) - _SHOWN:,} more</div>" if len(table) > _SHOWN else ""
-        return f"<div>{escape(line)}</div>{shown}{more}"
+        return f"<div>{escape(self.summary)}</div>{shown}{more}"
 
 
 def minimality(
@@ -70,7 +112,7 @@ def minimality(
     ablation: str = "resample",
     random: int = 5,
     seed: int = 0,
-    direction: str = "noising",
+    direction: str | None = None,
     batch_size: int | None = None,
     progress: bool | None = None,
     resume: Path | None = None,
@@ -80,6 +122,7 @@ def minimality(
     $$\mathrm{drop}(p) = f(C) - f(C \setminus p)$$
 
     with $f$ as `faithfulness` defines it. A part with a drop near zero is not needed, or another one stands in for it.
+    Where the gap that f divides by is less than 2 standard errors from 0, the result says that it is not meaningful.
 
     Args:
         model: a hooked model whose blocks add to the residual stream.
@@ -89,14 +132,16 @@ def minimality(
         ablation: `"resample"`, `"mean"` or `"zero"`; see `EdgeRun`.
         random: how many random circuits, with the same number of edges, are taken apart in the same way.
         seed: of the random circuits.
-        direction: `"noising"` runs the clean prompts and ablates with the corrupt ones, `"denoising"` the reverse.
+        direction: `"noising"` runs the clean prompts and ablates with the corrupt ones, `"denoising"` the reverse;
+            that of the circuit without it.
         batch_size: rows of a forward pass; it halves itself when memory runs out.
         progress: `None` shows a bar on a terminal only.
         resume: a journal; a run that was killed goes on from it and returns the same result.
 
     Raises:
         EmptyTaskError: no pairs, or a circuit without such parts.
-        SettingError: faithfulness is undefined, or an unusable number of random circuits or batch size.
+        SettingError: faithfulness is undefined, an unusable number of random circuits or batch size, or another
+            direction than that of the circuit.
         MismatchError: a circuit of another graph than the model's.
         UnknownNameError: no such unit, ablation or direction.
         UnsupportedFeatureError: a model whose heads have no writes of their own.
@@ -109,11 +154,14 @@ def minimality(
     References:
         Wang et al. 2023, arXiv:2211.00593.
     """
+    check_call("minimality", model, task)
     check_draws(random, seed)
     if unit not in UNITS:
         raise UnknownNameError(f"unit {unit!r}", "no such part of a circuit", nearest(unit, UNITS))
-    run = EdgeRun(model, task, direction=direction, ablation=ablation, batch_size=batch_size)
-    check_graph(run, circuit, (Circuit,))
+    check_kind(circuit, (Circuit,))
+    way = scored_direction(circuit, direction)
+    run = EdgeRun(model, task, direction=way, ablation=ablation, batch_size=batch_size)
+    check_graph(run, circuit)
     all_circuits = [circuit, *(circuit.random_like(seed + i) for i in range(random))]
     without = [_without(each, unit) for each in all_circuits]
     if not without[0]:
@@ -145,6 +193,7 @@ def minimality(
         ablation=run.ablation,
         faithfulness=wholes[0].item(),
         n_edges=circuit.n_edges,
+        gap=gap_of(found[0], found[1]),
         random=random,
         seed=seed,
     )
@@ -160,5 +209,5 @@ def _without(circuit: Circuit, unit: str) -> dict[str, Tensor]:
     for (source, target), (i, j) in zip(circuit.edges, circuit.mask.nonzero().tolist(), strict=True):
         kept = circuit.mask.clone()
         kept[i, j] = False
-        found[f"{source} -> {target}"] = kept
+        found[f"{source}{ARROW}{target}"] = kept
     return found

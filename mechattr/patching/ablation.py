@@ -24,7 +24,7 @@ from mechattr.errors import (
 from mechattr.models.base import HookedModel
 from mechattr.patching.interventions import Interventions, Values, rows_of, whole_number
 from mechattr.patching.nodes import NodeTable, every_node, table_of
-from mechattr.patching.places import DEFAULT_SITES, Places, Positions, mode_of, node_sites, places_of
+from mechattr.patching.places import DEFAULT_SITES, Places, Positions, check_call, mode_of, node_sites, places_of
 from mechattr.patching.replacements import ByPlace, Means, Others, Zeros
 from mechattr.patching.settings import provenance_of, settings_of
 from mechattr.sites import SITES, Node
@@ -103,10 +103,10 @@ def ablation(
         Zero and mean ablation: Wang et al. 2022, Interpretability in the Wild, arXiv:2211.00593; resampling: Chan et
         al. 2022, Causal Scrubbing.
     """
+    check_call("ablation", model, task)
+    whole_number("seed", seed, 0)
     if kind not in KINDS:
         raise UnknownNameError(f"ablation of kind {kind!r}", "no such kind", nearest(str(kind), KINDS))
-    if not len(task):
-        raise EmptyTaskError("ablation", "a task without pairs", "give at least one pair")
     if nodes is not None:
         table, mode = table_of(model, task, nodes, positions)
     else:
@@ -203,7 +203,7 @@ def _reference(task: Task, reference: Task | None, kind: str, mode: Positions, p
 
 def _others(task: Task, reference: Task | None, seed: int) -> list[int]:
     """For each pair the row that its values are taken from: of the reference, or else of another pair."""
-    generator = torch.Generator().manual_seed(whole_number("seed", seed, 0))
+    generator = torch.Generator().manual_seed(seed)
     if reference is not None:
         return torch.randint(len(reference), (len(task),), generator=generator).tolist()
     if len(task) < 2:

@@ -18,7 +18,6 @@ from pathlib import Path
 
 from mechattr.artifact import Attribution, Cache
 from mechattr.engines.sweep import sweep
-from mechattr.errors import EmptyTaskError
 from mechattr.models.base import HookedModel
 from mechattr.patching.interventions import Interventions, rows_of
 from mechattr.patching.nodes import every_node, table_of
@@ -26,6 +25,7 @@ from mechattr.patching.places import (
     DEFAULT_SITES,
     Positions,
     base_and_source,
+    check_call,
     direction_of,
     mode_of,
     node_sites,
@@ -94,8 +94,7 @@ def activation_patching(
     References:
         Vig et al. 2020, Causal Mediation Analysis; Kramár et al. 2024, arXiv:2403.00745, equation 1.
     """
-    if not len(task):
-        raise EmptyTaskError("activation patching", "a task without pairs", "give at least one pair")
+    check_call("activation patching", model, task)
     way = direction_of(direction)
     if nodes is not None:
         table, mode = table_of(model, task, nodes, positions)

@@ -24,16 +24,18 @@ from tqdm.auto import tqdm
 
 from mechattr.artifact import Attribution, Cache
 from mechattr.engines.halving import Halving
-from mechattr.errors import EmptyTaskError, NonFiniteError
+from mechattr.errors import NonFiniteError
 from mechattr.labelled import Labelled
 from mechattr.models.base import HookedModel
 from mechattr.models.rules import Rules
 from mechattr.patching.effects import Effects, plan_of
+from mechattr.patching.interventions import finite
 from mechattr.patching.places import (
     DEFAULT_SITES,
     Places,
     Positions,
     base_and_source,
+    check_call,
     direction_of,
     mode_of,
     node_axes,
@@ -121,7 +123,7 @@ def attribution_patching(
         AlignmentError: positions that are not comparable across the pairs.
         EmptyTaskError: no pairs.
         MismatchError: `source` does not belong to this model and task, or lacks a site.
-        NonFiniteError: the gradient overflows in a narrow dtype.
+        NonFiniteError: the metric is NaN or infinite, or the gradient overflows in a narrow dtype.
         SettingError: a metric without a gradient, an unusable `batch_size`, `unit` for a variant that drops nothing, or
             `"graddrop"` or `"star"` on a network with a single write.
         UnsupportedFeatureError: `"graddrop"` or `"star"` on a model whose norms act on the residual stream.
@@ -134,9 +136,8 @@ def attribution_patching(
     References:
         Nanda 2023, Attribution Patching; Kramár et al. 2024, AtP*, arXiv:2403.00745 (equations 4 to 12).
     """
+    check_call("attribution patching", model, task)
     chosen, _, left_out = variant_of(model.info, model.sites(), variant, unit)
-    if not len(task):
-        raise EmptyTaskError("attribution patching", "a task without pairs", "give at least one pair")
     way = direction_of(direction)
     shorts = node_sites(model, sites)
     mode = mode_of(task, positions)
@@ -153,7 +154,7 @@ def attribution_patching(
         effects = Effects(plan, model, base.rows(pairs), places.rows(pairs), activations).run(task.metric)
         sums.add(effects)
         bar.update(len(pairs))
-        found = effects.metric.tolist()
+        found = finite(effects.metric.tolist(), lambda i: f"the metric of the base run, on pair {pairs[i]}")
         return list(zip(found, [None] * len(pairs) if metric is None else metric.tolist(), strict=True))
 
     with tqdm(total=len(task), desc="attribution", disable=None if progress is None else not progress) as bar:

@@ -9,19 +9,29 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
+from tqdm.auto import tqdm
 
 from mechattr.artifact import Attribution
 from mechattr.engines.subsampling import planned_looks
-from mechattr.engines.sweep import sweep
-from mechattr.errors import EmptyTaskError, SettingError
+from mechattr.engines.sweep import Journal
+from mechattr.errors import SettingError
 from mechattr.labelled import Labelled
 from mechattr.models.base import HookedModel
 from mechattr.patching.bound_result import Bound
 from mechattr.patching.nodes import every_node, table_of
-from mechattr.patching.places import DEFAULT_SITES, Positions, direction_of, mode_of, node_sites, places_of
+from mechattr.patching.places import (
+    DEFAULT_SITES,
+    Positions,
+    check_call,
+    direction_of,
+    mode_of,
+    node_sites,
+    places_of,
+)
 from mechattr.patching.sampling import CHUNK, Sampling
 from mechattr.patching.sets import Sets
 from mechattr.patching.settings import provenance_of, settings_of
@@ -97,14 +107,17 @@ def missed_effect_bound(
         positions: `"aligned"`, `"named"` or `"all"`; by default those of `verified`, else the task's default.
         batch_size: rows of a forward pass, about 4096 tokens' worth unless given.
         progress: `None` shows a bar on a terminal only.
-        resume: a journal; a run that was killed goes on from it and returns the same result.
+        resume: a journal; a run that was killed goes on from it and returns the same result. One with another budget
+            goes on from it, too, and returns what it would have returned alone, unless a `target` was given: its looks
+            are planned from the budget. To enlarge the budget because of the bound that was found is one more look,
+            which the confidence does not account for.
 
     Returns:
         The bound. `theta` is infinite where the budget gave a node fewer than two samples.
 
     Raises:
-        SettingError: an unusable `p`, `budget`, `confidence`, `target` or `seed`; estimates as `verified`; another
-            direction or other positions than those of `verified`; nodes that do not exist.
+        SettingError: an unusable `p`, `budget`, `confidence`, `target`, `seed` or `resume`; estimates as `verified`;
+            another direction or other positions than those of `verified`; nodes that do not exist.
         MismatchError: `verified` belongs to another model or task.
         UnknownSiteError: a site that this model does not have.
         UnknownNameError: no such direction or kind of positions.
@@ -115,13 +128,13 @@ def missed_effect_bound(
 
     Cost:
         2 forward passes a pair and at most one a sample, whatever the number of nodes; with `control` 1 forward and 1
-        backward pass more a pair.
+        backward pass more a pair. Memory besides what patching records: for a node a few bytes for each of 128 samples,
+        statistics (with `per_pair` of each pair), and with `control` 8 bytes a pair.
 
     References:
         Kramár et al. 2024, AtP*, arXiv:2403.00745 (the diagnostic); Welch 1947, Biometrika 34.
     """
-    if not len(task):
-        raise EmptyTaskError("a bound on missed effects", "a task without pairs", "give at least one pair")
+    check_call("a bound on missed effects", model, task)
     own = (3 if control else 2) * len(task)
     strata = len(task) if per_pair else 1
     _check(p, confidence, target, seed, budget, own)
@@ -149,19 +162,22 @@ def missed_effect_bound(
         "nodes": table.hash(),
         "unverified": hashlib.sha256(free.numpy().tobytes()).hexdigest(),
         "rows": sets.rows,
-        "samples": {"p": p, "seed": seed, "per_pair": per_pair, "n": samples},
+        "samples": {"p": p, "seed": seed, "per_pair": per_pair},
+        "looks": None if target is None else looks,  # a larger budget would add looks that nobody planned
         **model.fingerprint(),
     }
     taken = 0
-    for size in looks if len(free) else []:
-        found = sweep(
-            [range(-(-size // CHUNK))], run.compute, n_groups=1, key=key, resume=resume, progress=progress,
-            label="bound on missed effects",
-        )  # fmt: skip
-        run.take(found)
-        taken += 1
-        if target is not None and float(run.contrast().upper((1 - confidence) / len(looks)).max()) <= target:
-            break
+    if len(free):
+        journal, ends = Journal(resume, key), [-(-size // CHUNK) for size in looks]
+        off = None if progress is None else not progress
+        with tqdm(total=ends[-1], desc="bound on missed effects", disable=off) as bar:
+            for end in ends:
+                for chunk in range(len(run.values), end):
+                    run.take(journal.numbers(chunk, partial(run.compute, chunk), run.size(chunk)))
+                    bar.update()
+                taken += 1
+                if target is not None and float(run.contrast().upper((1 - confidence) / len(looks)).max()) <= target:
+                    break
     settings = settings_of(
         task,
         method="missed_effect_bound",

@@ -180,19 +180,27 @@ class Circuit(Artifact):
         metric = self.settings.get("metric")
         return str(metric.get("unit", "")) if isinstance(metric, Mapping) else ""
 
-    def _repr_html_(self) -> str:
-        import pandas as pd
-
+    @property
+    def summary(self) -> str:
+        """How many edges and nodes, and how they were taken."""
         extraction = self._extraction
         line = f"{self.n_edges:,} of {self.graph.n_edges:,} edges, {len(self.nodes)} nodes"
         how = [str(extraction[key]) for key in ("method", "by") if key in extraction]
         line += f"; {' by '.join(how)}" if how else ""
         if extraction.get("requested", self.n_edges) != self.n_edges:
             line += f", {extraction['requested']:,} requested"
+        return line
+
+    def __repr__(self) -> str:
+        return f"Circuit({self.summary})"
+
+    def _repr_html_(self) -> str:
+        import pandas as pd
+
         rows = pd.DataFrame(self._rows()[:_SHOWN], columns=["source", "target", "contribution"])
         more = f"<div>and {self.n_edges - _SHOWN:,} more</div>" if self.n_edges > _SHOWN else ""
         table = rows.to_html(index=False, escape=True, na_rep="", float_format="{:.4g}".format)
-        return f"<div>{escape(line)}</div>{table}{more}"
+        return f"<div>{escape(self.summary)}</div>{table}{more}"
 
 
 def circuit_of(
@@ -218,7 +226,8 @@ def circuit_of(
 
     Raises:
         UnknownNameError: another measure or method.
-        SettingError: fewer than one edge, or more than the graph has or were measured.
+        SettingError: fewer than one edge, or more than the graph has or were measured; or none of them lies on a path,
+            as may be when few are asked for or all values are the same.
 
     Cost:
         No pass.
@@ -227,6 +236,19 @@ def circuit_of(
         Hanna, Pezzelle, Belinkov 2024, arXiv:2403.17806 (greedy); Mueller et al. 2025, arXiv:2504.13151 (by
         contribution or by magnitude).
     """
+    found = extracted(edges, top, by=by, method=method)
+    if not found.n_edges:
+        how = "" if method == "greedy" else " or method='greedy'"
+        raise SettingError(
+            f"a circuit of {top:,} edges by {by}",
+            "none of them on a path from the input to the logits",
+            f"ask for more edges{how}",
+        )
+    return found
+
+
+def extracted(edges: EdgeAttribution, top: int, *, by: str = "contribution", method: str = "top") -> Circuit:
+    """What `circuit_of` says, where a circuit without any path is empty."""
     if method not in METHODS:
         raise UnknownNameError(f"a circuit by method {method!r}", "no such method", nearest(method, METHODS))
     graph, table = edges.graph, edges.measure(by).values.detach().cpu().double()

@@ -129,7 +129,17 @@ class EdgeAttribution(Artifact):
         by: Literal["contribution", "score", "abs_signed"] = "contribution",
         method: Literal["top", "greedy"] = "top",
     ) -> Circuit:
-        """The circuit of the `top` most important edges; see `mechattr.patching.circuit.circuit_of`."""
+        """The circuit of the `top` most important edges; see `mechattr.patching.circuit.circuit_of`.
+
+        Args:
+            top: how many edges are taken, before those on no path are dropped.
+            by: `"contribution"`, `"score"` or `"abs_signed"`.
+            method: `"top"` or `"greedy"`.
+
+        Raises:
+            UnknownNameError: another measure or method.
+            SettingError: no such number of edges, or none of them lies on a path.
+        """
         from mechattr.patching.circuit import circuit_of
 
         return circuit_of(self, top, by=by, method=method)
@@ -164,17 +174,29 @@ class EdgeAttribution(Artifact):
         places = self._places("score", k)
         writers, readers = self._names(places)
         tables = {"score": self.score, "signed": self.signed, "contribution": self.contribution}
-        numbers = {name: table.values.detach().cpu().flatten()[places].numpy() for name, table in tables.items()}
+        numbers = {
+            name: table.values.detach().cpu().double().flatten()[places].numpy() for name, table in tables.items()
+        }
         return pd.DataFrame({"source": writers, "target": readers, **numbers})
 
-    def _repr_html_(self) -> str:
+    @property
+    def summary(self) -> str:
+        """The method, how many edges and pairs, and the cost."""
         measured, total = int((~self.score.values.isnan()).sum()), self.graph.n_edges
         some = f"{total:,}" if measured == total else f"{measured:,} of {total:,}"
-        line = f"{self.settings.get('method')}, {some} edges, {self.settings.get('n_pairs')} pairs"
+        known = [str(self.settings["method"])] if "method" in self.settings else []
+        known.append(f"{some} edges")
+        known += [f"{self.settings['n_pairs']} pairs"] if "n_pairs" in self.settings else []
         if "passes" in self.settings:
-            line += f", {self.passes.forward:g} forward and {self.passes.backward:g} backward passes"
+            known.append(f"{self.passes.forward:g} forward and {self.passes.backward:g} backward passes")
+        return ", ".join(known)
+
+    def __repr__(self) -> str:
+        return f"EdgeAttribution({self.summary})"
+
+    def _repr_html_(self) -> str:
         table = self._frame(_SHOWN).to_html(index=False, escape=True, float_format="{:.4g}".format)
-        return f"<div>{escape(line)}</div>{table}"
+        return f"<div>{escape(self.summary)}</div>{table}"
 
 
 def edge_tables(graph: Graph, score: Tensor, signed: Tensor) -> dict[str, Labelled]:

@@ -29,7 +29,7 @@ from mechattr.models.edits import Edit, Place
 from mechattr.patching.edge_artifact import EdgeAttribution, edge_tables
 from mechattr.patching.graph import Graph
 from mechattr.patching.interventions import PAIRS_AT_ONCE, finite, rows_of, share_of
-from mechattr.patching.places import base_and_source, chunks, direction_of, places_of
+from mechattr.patching.places import base_and_source, check_call, chunks, direction_of, places_of
 from mechattr.patching.settings import provenance_of, settings_of
 from mechattr.patching.wiring import Readers, Wiring
 from mechattr.sites import full_name
@@ -85,8 +85,7 @@ def edge_patching(
     References:
         Goldowsky-Dill et al. 2023, arXiv:2304.05969; Conmy et al. 2023, arXiv:2304.14997.
     """
-    if not len(task):
-        raise EmptyTaskError("edge patching", "a task without pairs", "give at least one pair")
+    check_call("edge patching", model, task)
     way = direction_of(direction)
     places_of(task, "all")  # raises where the two prompts of a pair are padded differently
     wiring = Wiring(model)

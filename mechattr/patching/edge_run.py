@@ -23,11 +23,19 @@ from torch import Tensor
 
 from mechattr.engines.halving import Halving
 from mechattr.engines.sweep import sweep
-from mechattr.errors import EmptyTaskError, UnknownNameError, nearest
+from mechattr.errors import UnknownNameError, nearest
 from mechattr.models.base import Batch, HookedModel
 from mechattr.models.edits import Edit, Place
 from mechattr.patching.interventions import finite
-from mechattr.patching.places import base_and_source, chunks, direction_of, places_of, rows_at_once
+from mechattr.patching.places import (
+    base_and_source,
+    by_place,
+    check_call,
+    chunks,
+    direction_of,
+    places_of,
+    rows_at_once,
+)
 from mechattr.patching.wiring import Readers, Wiring, check_keep
 from mechattr.tasks.task import Task
 
@@ -72,8 +80,7 @@ class EdgeRun:
         ablation: str = "resample",
         batch_size: int | None = None,
     ) -> None:
-        if not len(task):
-            raise EmptyTaskError("a run with edges cut", "a task without pairs", "give at least one pair")
+        check_call("a run with edges cut", model, task)
         self.model, self.task, self.direction = model, task, direction_of(direction)
         self.ablation = ablation_of(ablation)
         self.wiring = Wiring(model)
@@ -188,7 +195,7 @@ class EdgeRun:
             for name, x in self._record(batch).items():
                 wide = torch.promote_types(x.dtype, torch.float32)
                 total = sums.setdefault(name, x.new_zeros((longest, *x.shape[2:]), dtype=wide))
-                total.index_add_(0, batch.positions[batch.mask], x[batch.mask].to(wide))
+                total += by_place(x[batch.mask].to(wide), batch.positions[batch.mask], longest)
         dtype = getattr(torch, self.model.info.dtype)
         return {name: (x / count.reshape(-1, *[1] * (x.ndim - 1))).to(dtype) for name, x in sums.items()}
 

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from mechattr.engines import quadrature
 from mechattr.engines.halving import Halving
-from mechattr.errors import EmptyTaskError, NonFiniteError, UnknownNameError, nearest
+from mechattr.errors import NonFiniteError, UnknownNameError, nearest
 from mechattr.models.base import Batch, HookedModel
 from mechattr.models.edits import Edit
 from mechattr.models.operators import Set
@@ -26,7 +26,8 @@ from mechattr.patching.edge_artifact import EdgeAttribution, edge_tables
 from mechattr.patching.edge_readers import Readers, Tile, tiles_of
 from mechattr.patching.edge_scores import Writers, pair_scores, writer_sites
 from mechattr.patching.graph import Graph, check_additive
-from mechattr.patching.places import base_and_source, direction_of, places_of, rows_at_once
+from mechattr.patching.interventions import finite
+from mechattr.patching.places import base_and_source, check_call, direction_of, places_of, rows_at_once
 from mechattr.patching.settings import provenance_of, settings_of
 from mechattr.sites import full_name
 from mechattr.tasks.task import Task
@@ -86,7 +87,7 @@ def edge_attribution(
         UnsupportedFeatureError: a model that norms what its blocks write, so that heads do not add up.
         AlignmentError: prompts of a pair with different lengths.
         EmptyTaskError: no pairs.
-        NonFiniteError: a gradient or an activation overflows in a narrow dtype.
+        NonFiniteError: the metric is NaN or infinite, or a gradient or an activation overflows in a narrow dtype.
 
     Cost:
         A pair: 2 forward and 1 backward pass for `"eap"`, 2 and 2 for `"clean_corrupted"`, `steps` + 2 forward (less
@@ -97,10 +98,9 @@ def edge_attribution(
     References:
         Syed et al. 2023, arXiv:2310.10348 (EAP); Hanna et al. 2024, arXiv:2403.17806 (EAP-IG).
     """
+    check_call("edge attribution", model, task)
     if method not in METHODS:
         raise UnknownNameError(f"method {method!r}", "no such method of edge attribution", nearest(method, METHODS))
-    if not len(task):
-        raise EmptyTaskError("edge attribution", "a task without pairs", "give at least one pair")
     way = direction_of(direction)
     check_rules(rules)
     path = _path(method, rule, steps)
@@ -114,6 +114,9 @@ def edge_attribution(
     def some(pairs: Sequence[int]) -> list[tuple[float, float, float]]:
         """Adds the scores of some pairs; the metric on both runs and the sum of the input's edges for each."""
         found = sums.batch(base.rows(pairs), source.rows(pairs), task)
+        finite([before for before, _, _ in found], lambda i: f"the metric of the base run, on pair {pairs[i]}")
+        finite([after for _, after, _ in found], lambda i: f"the metric of the source run, on pair {pairs[i]}")
+        _check_finite(sums.magnitude, sums.tiles)
         bar.update(len(pairs))
         return found
 
@@ -205,7 +208,6 @@ class _Sums:
             magnitude += scores.abs().sum(0)
             signed += scores.sum(0)
             totals.append(scores[:, 0].sum(-1))
-        _check_finite(magnitude, self.tiles)
         self.magnitude += magnitude
         self.signed += signed
         self.moved |= writers.moved

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from mechattr.artifact import Cache
-from mechattr.errors import EmptyTaskError, SettingError, UnknownNameError, nearest
+from mechattr.errors import SettingError, UnknownNameError, nearest
 from mechattr.models.base import HookedModel
 from mechattr.patching import attribution
 from mechattr.patching.effects import Plan, plan_of
@@ -20,6 +20,7 @@ from mechattr.patching.places import (
     DEFAULT_SITES,
     Positions,
     base_and_source,
+    check_call,
     direction_of,
     feature_of,
     mode_of,
@@ -136,8 +137,7 @@ def estimate(
         raise SettingError(f"nodes= for {method}", "it scores whole sites", "name sites, or use activation_patching")
     if variant is not None and exact:
         raise SettingError(f"variant= for {method}", "it has no variants", "leave it out, or use attribution_patching")
-    if not len(task):
-        raise EmptyTaskError(f"to estimate {method}", "a task without pairs", "give at least one pair")
+    check_call(f"a call to estimate {method}", model, task)
     base, other = base_and_source(task, direction_of(direction))
     names, counts = _nodes(model, task, sites, nodes, positions)
     memory = _Memory(model, base.tokens.shape[1])

@@ -27,7 +27,7 @@ from mechattr.models.base import Batch, HookedModel, Metric, Start
 from mechattr.models.edits import Edit, Place
 from mechattr.patching.interventions import Chunk, Interventions, Patch, Recording, rows_of, share_of
 from mechattr.patching.nodes import NodeTable, every_node, table_of
-from mechattr.patching.places import Places, Positions, base_and_source, direction_of, places_of
+from mechattr.patching.places import Places, Positions, base_and_source, check_call, direction_of, places_of
 from mechattr.patching.settings import provenance_of, settings_of
 from mechattr.patching.source import Source, shape_of, source_of
 from mechattr.sites import Node, full_name, parse
@@ -94,8 +94,7 @@ def path_patching(
     References:
         Wang et al. 2023, arXiv:2211.00593; Goldowsky-Dill et al. 2023, arXiv:2304.05969.
     """
-    if not len(task):
-        raise EmptyTaskError("path patching", "a task without pairs", "give at least one pair")
+    check_call("path patching", model, task)
     if mlps not in MLPS:
         raise UnknownNameError(f"mlps={mlps!r}", "no such treatment of MLPs", nearest(mlps, MLPS))
     receivers = list(receivers) if isinstance(receivers, Iterable) else [receivers]

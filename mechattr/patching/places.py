@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import Literal, cast
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mechattr.errors import AlignmentError, SettingError, UnknownNameError, UnknownSiteError, nearest
+from mechattr.errors import AlignmentError, EmptyTaskError, SettingError, UnknownNameError, UnknownSiteError, nearest
 from mechattr.models.base import Batch, HookedModel
 from mechattr.sites import SITES, expand, parse, site_spec
 from mechattr.tasks.task import Task
@@ -59,6 +59,28 @@ class Places:
         outside = ~self.where.any(1).reshape(*x.shape[:2], *[1] * (x.ndim - 2))
         x = x.masked_fill(outside, 0)  # padding may hold anything, NaN too
         return torch.einsum("btc,bc...->bt...", self.where.to(x.dtype), x)
+
+
+def by_place(x: Float[Tensor, "token ..."], place: Int[Tensor, " token"], places: int) -> Float[Tensor, "place ..."]:
+    """Sums tokens by place, in a fixed order: adding at indices has none on accelerators."""
+    return torch.einsum("tp,t...->p...", torch.nn.functional.one_hot(place, places).to(x.dtype), x)
+
+
+def check_call(what: str, model: HookedModel, task: Task) -> None:
+    """Checks what every method is given.
+
+    Raises:
+        SettingError: something else than a hooked model and a task.
+        EmptyTaskError: no pairs.
+    """
+    if not isinstance(model, HookedModel):
+        fix = "give a hooked model, such as ma.load(model)"
+        raise SettingError(f"the model of {what}", f"a {type(model).__name__}", fix)
+    if not isinstance(task, Task):
+        fix = "give a task, such as ma.tasks.from_pairs(model, pairs)"
+        raise SettingError(f"the task of {what}", f"a {type(task).__name__}", fix)
+    if not len(task):
+        raise EmptyTaskError(what, "a task without pairs", "give at least one pair")
 
 
 def mode_of(task: Task, positions: Positions | None) -> Positions:

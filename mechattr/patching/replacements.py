@@ -12,7 +12,7 @@ from torch import Tensor
 from mechattr.errors import AlignmentError
 from mechattr.models.base import Batch, HookedModel
 from mechattr.patching.interventions import PAIRS_AT_ONCE, Index, Interventions
-from mechattr.patching.places import Places, chunks, feature_of
+from mechattr.patching.places import Places, by_place, chunks, feature_of
 from mechattr.patching.source import shape_of
 from mechattr.sites import SITES, parse
 from mechattr.tasks.task import Task
@@ -58,7 +58,7 @@ class Means:
                 if name not in first:
                     first[name] = wide[0, where[0].int().argmax(1)]
                     total[name] = torch.zeros_like(first[name])
-                total[name].index_add_(0, place, wide[pair, column] - first[name][place])
+                total[name] += by_place(wide[pair, column] - first[name][place], place, where.shape[1])
         tokens = places.where.sum((0, 2))
         values = {}
         for name, start in first.items():

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from mechattr.engines.subsampling import Contrast, Split, contrast, draw
-from mechattr.errors import NonFiniteError
 from mechattr.labelled import Labelled
+from mechattr.patching.interventions import finite
 from mechattr.patching.sets import Sets
 
 CHUNK = 128  # samples that are drawn, and journalled, together
@@ -25,7 +24,7 @@ class Sampling:
         free: the nodes to sample from.
         p: probability that a node is patched in a sample.
         seed: of the samples.
-        total: number of samples.
+        total: number of samples. The first ones do not depend on it.
         per_pair: keep the statistics of pairs apart, and take the pairs in turn instead of at random.
         control: subtract first-order estimates of the nodes' effects from the samples before taking differences.
 
@@ -38,53 +37,49 @@ class Sampling:
         self, sets: Sets, free: Tensor, p: float, seed: int, total: int, *, per_pair: bool, control: bool
     ) -> None:
         self.sets, self.free, self.p, self.seed, self.total = sets, free, p, seed, total
-        self.live = sets.moved[:, free] if per_pair else None  # where pairs are kept apart
+        self.moved = sets.moved[:, free]
+        self.live = self.moved if per_pair else None  # where pairs are kept apart
         none = Split.of(torch.zeros(0, len(free), dtype=torch.bool), torch.zeros(0))
         self.strata = [none] * (len(sets.moved) if per_pair else 1)
         # any constants keep the differences unbiased, so a gradient that overflowed may count as none
-        self.estimates = sets.estimates()[:, free].nan_to_num(0, 0, 0) if control and len(free) else None
+        self.estimates = sets.estimates()[:, free].nan_to_num_(0, 0, 0) if control and len(free) else None
         self.values: list[list[float]] = []
         self.rows = 0
 
-    def draw(
-        self, chunk: int
-    ) -> tuple[Int[Tensor, " sample"], Bool[Tensor, "sample node"], Bool[Tensor, "sample all"]]:
-        """The pairs and sets of a chunk, and the sets among all nodes."""
-        first = chunk * CHUNK
-        n = min(CHUNK, self.total - first)
-        pairs, chosen = draw(self.seed, chunk, n, len(self.free), self.p, len(self.sets.moved))
+    def size(self, chunk: int) -> int:
+        """Number of samples in a chunk: the last one can have fewer."""
+        return min(CHUNK, self.total - chunk * CHUNK)
+
+    def draw(self, chunk: int) -> tuple[Int[Tensor, " sample"], Bool[Tensor, "sample node"]]:
+        """The pairs and sets of a chunk; of one with fewer samples, those that a whole one begins with."""
+        first, n = chunk * CHUNK, self.size(chunk)
+        pairs, chosen = draw(self.seed, chunk, CHUNK, len(self.free), self.p, len(self.moved))
         if self.live is not None:  # in turn, without the pairs that do not differ
             useful = self.live.any(1).nonzero()[:, 0]
-            pairs = useful[torch.arange(first, first + n) % len(useful)]
-        among_all = torch.zeros(n, self.sets.moved.shape[1], dtype=torch.bool)
-        among_all[:, self.free] = chosen
-        return pairs, chosen, among_all
+            pairs = useful[torch.arange(first, first + CHUNK) % len(useful)]
+        return pairs[:n], chosen[:n]
 
     def compute(self, chunk: int) -> list[float]:
         """The effects of a chunk's sets."""
-        if chunk < len(self.values):
-            return self.values[chunk]
-        pairs, _, among_all = self.draw(chunk)
-        found = self.sets.effects(pairs, among_all)
-        if not bool(found.isfinite().all()):
-            bad = int(pairs[~found.isfinite()][0])
-            fix = "use a metric that is finite wherever the logits are"
-            raise NonFiniteError("a bound on missed effects", f"a metric that is not finite, first on pair {bad}", fix)
-        values: list[float] = found.tolist()
-        return values
+        pairs, chosen = self.draw(chunk)
+        among_all = torch.zeros(len(pairs), self.sets.moved.shape[1], dtype=torch.bool)
+        among_all[:, self.free] = chosen
+        effects: list[float] = self.sets.effects(pairs, among_all).tolist()
+        return finite(effects, lambda i: f"the effect of a set of nodes, on pair {int(pairs[i])}")
 
-    def take(self, found: Sequence[list[float]]) -> None:
-        """Adds the chunks that are new to the statistics."""
-        for chunk in range(len(self.values), len(found)):
-            pairs, chosen, among_all = self.draw(chunk)
-            values = torch.tensor(found[chunk], dtype=torch.float64)
+    def take(self, effects: list[float]) -> None:
+        """Adds the effects of the next chunk to the statistics."""
+        pairs, chosen = self.draw(len(self.values))
+        values = torch.tensor(effects, dtype=torch.float64)
+        for i, (pair, mask) in enumerate(zip(pairs.tolist(), chosen, strict=True)):
+            members = mask.nonzero()[:, 0]
+            self.rows += bool(self.moved[pair, members].any())
             if self.estimates is not None:
-                values -= torch.einsum("rn,rn->r", chosen.double(), self.estimates[pairs])
-            for stratum in [0] if self.live is None else sorted(set(pairs.tolist())):
-                here = slice(None) if self.live is None else pairs == stratum
-                self.strata[stratum] += Split.of(chosen[here], values[here])
-            self.rows += int((among_all & self.sets.moved[pairs]).any(1).sum())
-            self.values.append(found[chunk])
+                values[i] -= self.estimates[pair, members].sum()
+        for stratum in [0] if self.live is None else sorted(set(pairs.tolist())):
+            here = slice(None) if self.live is None else pairs == stratum
+            self.strata[stratum] += Split.of(chosen[here], values[here])
+        self.values.append(effects)
 
     def contrast(self) -> Contrast:
         """What the samples so far say of each node."""

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from mechattr.artifact import Cache
 from mechattr.engines.halving import Halving
-from mechattr.errors import EmptyTaskError
 from mechattr.models.base import HookedModel, ModelInfo, Start
 from mechattr.models.edits import Edit, Place
 from mechattr.patching.interventions import PAIRS_AT_ONCE, rows_of
@@ -27,6 +26,7 @@ from mechattr.patching.places import (
     Places,
     Positions,
     base_and_source,
+    check_call,
     chunks,
     feature_of,
     per_node,
@@ -90,8 +90,7 @@ class Sets:
         source: Cache | None = None,
         batch_size: int | None = None,
     ) -> None:
-        if not len(task):
-            raise EmptyTaskError("patching", "a task without pairs", "give at least one pair")
+        check_call("patching", model, task)
         base, other = base_and_source(task, direction)
         there = source_of(model, other, task.metric, table.names, source)
         self.model, self.table, self.task_metric = model, table, task.metric
@@ -131,7 +130,7 @@ class Sets:
             where no set of its batch reaches below `layer`.
         """
         found = torch.zeros(len(pairs), dtype=torch.float64)
-        live = chosen & self.moved[pairs]
+        live = self.moved[pairs].logical_and_(chosen)
         layer = torch.full((len(pairs),), self.model.info.n_layers)
         for at in sorted(set(self.table.layer.tolist()), reverse=True):
             layer[live[:, self.table.layer == at].any(1)] = at

@@ -20,13 +20,13 @@ from torch import Tensor
 
 from mechattr.artifact import Attribution
 from mechattr.engines.sweep import sweep
-from mechattr.errors import EmptyTaskError, SettingError, UnknownNameError, nearest
+from mechattr.errors import SettingError, UnknownNameError, nearest
 from mechattr.models.base import Batch, HookedModel
 from mechattr.models.edits import Edit
 from mechattr.models.operators import Add
 from mechattr.patching.interventions import Interventions, rows_of, whole_number
 from mechattr.patching.nodes import NONE, NodeTable, every_node
-from mechattr.patching.places import Positions, mode_of, node_sites, places_of
+from mechattr.patching.places import Positions, check_call, mode_of, node_sites, places_of
 from mechattr.patching.settings import provenance_of, settings_of
 from mechattr.patching.source import Source
 from mechattr.sites import full_name
@@ -100,8 +100,7 @@ def causal_tracing(
         Meng et al. 2022, Locating and Editing Factual Associations in GPT, arXiv:2202.05262: 3 standard deviations,
         10 noises, window 1 for the residual stream and 10 for MLP and attention.
     """
-    if not len(task):
-        raise EmptyTaskError("causal tracing", "a task without pairs", "give at least one pair")
+    check_call("causal tracing", model, task)
     whole_number("samples", samples, 1)
     whole_number("seed", seed, 0)
     if whole_number("window", window, 1) % 2 == 0:

@@ -29,6 +29,7 @@ from mechattr.models.base import HookedModel
 from mechattr.patching.activation import activation_patching
 from mechattr.patching.attribution import attribution_patching
 from mechattr.patching.bound import missed_effect_bound
+from mechattr.patching.circuit import extracted
 from mechattr.patching.edges import edge_attribution
 from mechattr.patching.graph import check_additive, count_edges
 from mechattr.patching.places import DEFAULT_SITES, Direction, Positions, direction_of, node_sites, places_of
@@ -193,7 +194,7 @@ def localise(
     if circuit:
         edges = _step(folder, record, "edges", partial(edge_attribution, model, task, **bars, **rows))
         found["edges"] = edges
-        found["circuit"] = _step(folder, record, "circuit", lambda: edges.circuit(circuit))
+        found["circuit"] = _step(folder, record, "circuit", lambda: extracted(edges, circuit))
         testing = partial(faithfulness, model, task, edges, seed=seed, **bars, **rows)
         found["faithfulness"] = _step(folder, record, "faithfulness", testing)
     return _write(folder, Results(record, attribution, exact, whole_attribution, whole_exact, **found))

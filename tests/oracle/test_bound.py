@@ -141,6 +141,40 @@ def test_an_interrupted_run_resumes_to_the_same_bits(
         bound_of(model, task, seed=1, resume=journal, **settings)
 
 
+@pytest.mark.parametrize("per_pair", (False, True))
+def test_a_journal_goes_on_with_another_budget(
+    model: Any, task: Task, per_pair: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """9 passes are spent on the prompts; the last chunk of each run has fewer samples than the others."""
+    journal, spent = tmp_path / "journal", {}
+    for budget in (200, 700, 300):
+        alone = bound_of(model, task, budget=budget, per_pair=per_pair)
+        with monkeypatch.context() as patch:
+            rows = counted(model, patch)
+            assert identical(bound_of(model, task, budget=budget, per_pair=per_pair, resume=journal), alone)
+            spent[budget] = sum(rows), alone.passes.forward
+    assert spent[200][0] == spent[200][1]
+    assert spent[700][0] <= spent[700][1] - 100  # the one whole chunk, less the samples of it that patch nothing
+    assert spent[300][0] <= 9 + (300 - 9) % CHUNK
+
+
+def test_looks_are_planned_from_the_budget_and_no_other_journal_will_do(model: Any, task: Task, tmp_path: Path) -> None:
+    journal = tmp_path / "journal"
+    bound_of(model, task, budget=600, target=1e-6, resume=journal)
+    for settings in ({"budget": 2009, "target": 1e-6}, {"budget": 600}):
+        with pytest.raises(OutputExistsError, match="another sweep \\(different: looks\\)"):
+            bound_of(model, task, resume=journal, **settings)
+
+
+@pytest.mark.parametrize(("target", "done"), ((1e-9, "16/16"), (1e9, "2/16"), (None, "16/16")))
+def test_all_looks_have_one_bar(
+    model: Any, task: Task, target: float | None, done: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bound_of(model, task, budget=2009, target=target, progress=True)
+    shown = capsys.readouterr().err
+    assert shown.count("| 0/") == 1 and f"| {done} [" in shown
+
+
 @pytest.mark.parametrize("budget", (40, 300))
 def test_the_budget_is_kept_and_passes_are_counted(
     model: Any, task: Task, budget: int, monkeypatch: pytest.MonkeyPatch

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
+from html import escape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from patching_cases import pairs_task, plain, repadded
 from torch import Tensor
 
+from mechattr.draw import node_name
 from mechattr.errors import EmptyTaskError, MismatchError, SettingError, UnknownNameError
 from mechattr.evaluation.faithfulness import Faithfulness, faithfulness
 from mechattr.evaluation.minimality import Minimality, minimality
+from mechattr.evaluation.scale import doubt
 from mechattr.patching.edge_patching import edge_patching
 from mechattr.patching.edge_run import EdgeRun
 
@@ -122,6 +126,7 @@ def test_what_a_curve_says() -> None:
         "A circuit of 10 of 100 edges keeps 80% of the gap between the whole model and the model with every edge "
         "ablated (resample), the other edges 20%."
     )
+    assert repr(alone) == f"Faithfulness({alone.summary})"
     table = result.to_pandas()
     names = "size share n_edges faithfulness complement random random_low random_high random_complement"
     assert list(table) == names.split()
@@ -130,6 +135,97 @@ def test_what_a_curve_says() -> None:
     assert never.to_pandas()["random"].isna().all()
     result.plot()
     alone.plot()
+
+
+def test_a_gap_within_its_standard_error_is_called_out(case: Any) -> None:
+    model, task, edges = case
+    circuit = edges.circuit(30)
+    run = EdgeRun(model, task)
+    gap = run.metric(run.graph.mask) - run.metric(torch.zeros_like(run.graph.mask))
+    mean, error = gap.mean().item(), gap.std().item() / math.sqrt(len(task))
+    assert error < abs(mean) < 2 * error
+    size = f"{mean:.3g} ± {error:.2g} logit"
+    said = f"The gap that f divides by, {size} over these pairs, cannot be told from 0, so f is not meaningful"
+    for result in (
+        faithfulness(model, task, edges, sizes=SIZES, random=1, progress=False),
+        minimality(model, task, circuit, random=1, progress=False),
+    ):
+        assert result.settings["gap"] == pytest.approx({"mean": mean, "standard_error": error})
+        assert result.summary.startswith(f"{said}. ")
+        assert said in result._repr_html_() and said in repr(result)
+        assert said in result.plot().get_title("left").replace("\n", " ")
+    clear = task.rows([0, 0, 0])  # the same pair again and again: no spread
+    for result in (
+        faithfulness(model, clear, edges, sizes=SIZES, random=1, progress=False),
+        minimality(model, clear, circuit, random=1, progress=False),
+    ):
+        assert "meaningful" not in result.summary + result._repr_html_() + result.plot().get_title("left")
+
+
+@pytest.mark.parametrize(
+    ("gap", "doubtful"), [((2.1, 1.0), False), ((-2.1, 1.0), False), ((1.9, 1.0), True), ((-1.9, 1.0), True)]
+)
+def test_two_standard_errors_are_the_limit(gap: tuple[float, float], doubtful: bool) -> None:
+    known = {"gap": {"mean": gap[0], "standard_error": gap[1]}, "metric": {"unit": "nat"}}
+    assert bool(doubt(known)) == doubtful
+
+
+def test_one_pair_and_an_old_result_have_no_standard_error(case: Any) -> None:
+    model, task, edges = case
+    result = faithfulness(model, task.rows([0]), edges, sizes=SIZES, random=0, progress=False)
+    assert result.settings["gap"]["standard_error"] is None  # type: ignore[index, call-overload]
+    assert doubt(result.settings) == doubt({}) == ""
+
+
+def test_the_direction_is_that_of_the_edges(case: Any) -> None:
+    model, task, _ = case
+    edges = edge_patching(model, task, direction="denoising", progress=False)
+    circuit = edges.circuit(30)
+    kept = faithfulness(model, task, circuit, random=0, progress=False)
+    assert kept.settings["direction"] == "denoising"
+    torch.testing.assert_close(
+        kept.values, by_hand(model, task, [circuit.mask], direction="denoising"), rtol=0, atol=ROUNDING
+    )
+    assert (kept.values - by_hand(model, task, [circuit.mask])).abs().max() > 1e4 * ROUNDING  # wrong: always noising
+    assert minimality(model, task, circuit, random=0, progress=False).settings["direction"] == "denoising"
+    same = faithfulness(model, task, circuit, direction="denoising", random=0, progress=False)
+    assert torch.equal(same.values, kept.values)
+    for call in (
+        lambda: faithfulness(model, task, edges, direction="noising"),
+        lambda: minimality(model, task, circuit, direction="noising"),
+    ):
+        with pytest.raises(SettingError) as error:
+            call()
+        assert str(error.value) == (
+            "direction='noising'\n  found: edges that were scored with direction='denoising'\n"
+            "  fix: leave direction out, or score the edges with direction='noising'"
+        )
+    with pytest.raises(UnknownNameError, match="did you mean 'noising'"):
+        faithfulness(model, task, edges, direction="noise")
+
+
+def test_what_is_for_scores_is_refused_with_a_circuit(case: Any) -> None:
+    model, task, edges = case
+    circuit = edges.circuit(40)
+    for more, said in [
+        ({"sizes": (0.1, 0.2)}, "sizes=(0.1, 0.2)"),
+        ({"by": "score"}, "by='score'"),
+        ({"by": "score", "method": "greedy"}, "by='score', method='greedy'"),
+    ]:
+        with pytest.raises(SettingError) as error:
+            faithfulness(model, task, circuit, progress=False, **more)  # type: ignore[arg-type]
+        assert str(error.value).startswith(
+            f"the faithfulness of one circuit with {said}\n  found: a circuit is one size"
+        )
+
+
+def test_a_size_without_a_path_is_the_empty_circuit(case: Any) -> None:
+    model, task, edges = case
+    with pytest.raises(SettingError, match="none of them on a path"):
+        edges.circuit(1)
+    result = faithfulness(model, task, edges, sizes=(1 / edges.graph.n_edges, 1.0), random=1, progress=False)
+    assert (result.sizes[0], result.tensors["n_edges"].values.tolist()[0]) == (1, 0)
+    torch.testing.assert_close(result.values, torch.tensor([0.0, 1.0]).double(), rtol=0, atol=ROUNDING)
 
 
 def test_one_circuit(case: Any) -> None:
@@ -191,7 +287,22 @@ def test_minimality(case: Any, unit: Any) -> None:
     assert torch.equal(known, known.sort(descending=True).values)
     table = result.to_pandas()
     assert table["drop"].is_monotonic_decreasing and table["chance"].between(0, 1).all()
-    assert f"of a circuit with f = {whole.item():.3g}" in result._repr_html_()
+    assert (
+        f"A circuit of {circuit.n_edges} edges has f = {whole.item():.3g}; of its {len(drop)} {unit}s" in result.summary
+    )
+    assert f"{table['part'][0]} is worth most, {table['drop'][0]:.3g}." in result.summary
+    known = random[~random.isnan()]
+    assert result.chance_level == pytest.approx(float(np.quantile(known.numpy(), 0.95)))
+    above = int((drop.values > result.chance_level).sum())
+    assert f" {above} of {len(drop)} " in result.summary and "95% of those of random circuits" in result.summary
+    assert escape(result.summary) in result._repr_html_()
+    assert repr(result) == f"Minimality({result.summary})"
+    ax = result.plot()
+    bars = [bar.get_width() for bar in ax.patches]
+    assert bars == pytest.approx(table["drop"].tolist()[:20])
+    labels = [tick.get_text() for tick in ax.get_yticklabels()]
+    ends = table["part"][0].split(" -> ")
+    assert labels[0] == " → ".join(node_name(end) for end in ends) and not labels[0].startswith("a")
     assert result.passes.forward <= 3 * (3 + 3 + len(drop) + int((~random.isnan()).sum()))
 
 
@@ -201,6 +312,8 @@ def test_minimality_is_stored(case: Any, tmp_path: Path) -> None:
     result.save(tmp_path / "m.safetensors")
     assert Minimality.load(tmp_path / "m.safetensors").to_pandas().equals(result.to_pandas())
     assert result.to_pandas()["chance"].isna().all()
+    assert math.isnan(result.chance_level) and "random" not in result.summary
+    assert result.plot().get_legend() is None
 
 
 def test_bad_input(case: Any) -> None:

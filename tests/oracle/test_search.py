@@ -194,7 +194,10 @@ def test_comparison_where_estimates_are_exact(linear: tuple, tmp_path: Path) -> 
     found.save(tmp_path / "c.safetensors")
     again = Comparison.load(tmp_path / "c.safetensors")
     assert again.to_pandas().equals(found.to_pandas())
-    assert "hierarchical" in again._repr_html_()
+    assert "hierarchical" in again._repr_html_() and found.summary in again._repr_html_()
+    assert repr(found) == f"Comparison({found.summary})"
+    start = f"6 orders of {len(found.tensors['effect'])} nodes; cheapest: estimate, relative cost 1 ("
+    assert found.summary.startswith(start)
 
 
 def test_comparison_draws(linear: tuple) -> None:

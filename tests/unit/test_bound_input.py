@@ -43,6 +43,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"target": 0.0}, "target=0.0\n  found: it is out of range\n  fix: give a number between 0 and inf"),
     ({"target": math.inf}, "target=inf"),
     ({"seed": -1}, "seed=-1\n  found: no seed"),
+    ({"resume": 3}, "resume=3\n  found: a int, no path\n  fix: give the path of a file, or None"),
     (
         {"budget": 12},
         "found: 9 passes for the prompts themselves and at least 4 samples are needed\n  fix: give a whole",
@@ -84,5 +85,5 @@ def test_what_was_verified_has_to_belong(model: Any, task: Task) -> None:
 
 def test_a_metric_that_is_not_finite_is_refused(model: Any, task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Sets, "effects", lambda _self, pairs, _chosen: torch.full((len(pairs),), math.nan))
-    with pytest.raises(NonFiniteError, match="a metric that is not finite, first on pair"):
+    with pytest.raises(NonFiniteError, match=r"the effect of a set of nodes, on pair [012]\n  found: it is nan"):
         bound_of(model, task)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mechattr.errors import ArtifactError, AxisError, SettingError, UnknownNameError
 from mechattr.labelled import Labelled
-from mechattr.patching.circuit import Circuit, circuit_of
+from mechattr.patching.circuit import Circuit, circuit_of, extracted
 from mechattr.patching.edge_artifact import EdgeAttribution, edge_tables
 from mechattr.patching.extraction import greedy, on_paths, strongest
 from mechattr.patching.graph import Graph
@@ -226,6 +226,7 @@ def test_a_circuit_counts_what_is_left_and_says_what_was_asked() -> None:
     page = circuit._repr_html_()
     assert f"2 of {SMALL.n_edges} edges, 3 nodes; top by contribution, 3 requested" in page
     assert "a0.h0&lt;v&gt;" in page
+    assert repr(circuit) == f"Circuit(2 of {SMALL.n_edges} edges, 3 nodes; top by contribution, 3 requested)"
 
 
 def test_the_whole_graph_is_a_circuit_without_dead_ends() -> None:
@@ -235,10 +236,22 @@ def test_the_whole_graph_is_a_circuit_without_dead_ends() -> None:
             assert torch.equal(circuit_of(edges, graph.n_edges, method=method).mask, graph.mask)  # type: ignore[arg-type]
 
 
-def test_a_circuit_without_a_path_is_empty() -> None:
-    circuit = circuit_of(scored(SMALL, values_of(SMALL, {("input", "m0"): 1.0})), 1)
-    assert (circuit.n_edges, circuit.edges, circuit.nodes) == (0, [], [])
-    assert circuit.to_pandas().empty
+def test_a_circuit_without_a_path_is_refused() -> None:
+    lonely = scored(SMALL, values_of(SMALL, {("input", "m0"): 1.0}))
+    nothing = scored(SMALL, values_of(SMALL, {}))
+    for edges, top in ((lonely, 1), (nothing, 3)):
+        with pytest.raises(SettingError) as error:
+            circuit_of(edges, top)
+        assert str(error.value) == (
+            f"a circuit of {top} edges by contribution\n  found: none of them on a path from the input to the logits\n"
+            "  fix: ask for more edges or method='greedy'"
+        )
+        circuit = extracted(edges, top)
+        assert (circuit.n_edges, circuit.edges, circuit.nodes) == (0, [], [])
+        assert circuit.to_pandas().empty
+    late = scored(SMALL, values_of(SMALL, {("m1", "logits"): 1.0}))
+    with pytest.raises(SettingError, match=r"fix: ask for more edges$"):
+        circuit_of(late, 1, method="greedy")
 
 
 @pytest.mark.parametrize("top", [0, -1, 10_000, 2.0, True])

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
 
 from mechattr import draw
 from mechattr.draw.curves import apart
-from mechattr.draw.graph import NEGATIVE, POSITIVE, circuit_graph, graph_size
-from mechattr.draw.labels import overlap
+from mechattr.draw.graph import NEGATIVE, POSITIVE, circuit_graph, graph_size, node_name
+from mechattr.draw.labels import along_lines, overlap
 from mechattr.draw.routing import Line, Row, routes
 from mechattr.draw.style import SMALL_POINTS, UNMEASURED
 from mechattr.errors import SettingError
@@ -81,9 +82,33 @@ def test_width_grows_with_the_magnitude_and_colour_is_the_sign() -> None:
     drawn = by_gid(circuit_graph(edges[::-1], n_layers=2), "edge")[::-1]  # the strongest lies on top
     widths = [patch.get_linewidth() for patch in drawn]
     assert all(a >= b for a, b in pairwise(widths))
-    assert np.allclose(np.diff(widths[1:7]) / np.diff(np.abs(values[1:7])), (widths[1] - widths[6]) / 0.7), "linear"
+    assert np.allclose(np.diff(widths[1:7]) / np.diff(np.abs(values[1:7])), (widths[1] - widths[5]) / 0.65), "linear"
     colours = [to_hex(patch.get_edgecolor()) for patch in drawn]
-    assert colours == [POSITIVE, NEGATIVE, POSITIVE, NEGATIVE, POSITIVE, NEGATIVE, POSITIVE, UNMEASURED]
+    assert colours == [POSITIVE, NEGATIVE, POSITIVE, NEGATIVE, POSITIVE, NEGATIVE, UNMEASURED]
+
+
+def test_edges_that_contribute_nothing_are_counted_but_not_drawn_as_positive() -> None:
+    edges = [("input", "m0", 0.5), ("m0", "logits", -0.5), ("input", "a0.h0<v>", 0.0), ("a0.h0", "logits", -0.0)]
+    ax = circuit_graph(edges, n_layers=1)
+    assert names(ax) == {"input", "logits", "MLP 0"}
+    assert [to_hex(patch.get_edgecolor()) for patch in by_gid(ax, "edge")[::-1]] == [POSITIVE, NEGATIVE]
+    assert ax.get_title("left") == "2 edges between 3 nodes;\n2 more have contribution 0, not drawn"
+    assert circuit_graph(edges[:3], n_layers=1).get_title("left").endswith("1 more has contribution 0, not drawn")
+    assert circuit_graph(edges, n_layers=1, limit=1).get_title("left") == (
+        "the 1 strongest of 4 edges, 2 of contribution 0;\n3 are not drawn, with 50 % of the summed |contribution|"
+    )
+    assert circuit_graph(edges[2:], n_layers=1).get_title("left").startswith("0 edges between 0 nodes;\n2 more")
+
+
+def test_nodes_are_named_as_in_the_graph() -> None:
+    assert [node_name(name) for name in ("a0.h1<q>", "a10.h2", "m3", "logits")] == [
+        "L0H1 q",
+        "L10H2",
+        "MLP 3",
+        "logits",
+    ]
+    with pytest.raises(SettingError, match="no such name"):
+        node_name("L0H1")
 
 
 def test_queries_keys_and_values_are_told_apart_by_dash() -> None:
@@ -264,13 +289,110 @@ def test_faithfulness_names_both_levels_and_the_areas() -> None:
     assert np.allclose(by_gid(ax, "circuit")[0].get_ydata(), ours)
     assert np.allclose(by_gid(ax, "random")[0].get_ydata(), random.mean(0))
     assert {line.get_ydata()[0] for line in by_gid(ax, "level")} == {0.0, 1.0}
-    assert by_gid(ax, "areas")[0].get_text() == "CPR 1.13\nCMD 0.0871"
-    assert by_gid(ax, "crossing")[0].get_text() == "1 at 75 edges"
+    assert ax.get_title("left") == "CPR 1.13, CMD 0.0871"
+    assert by_gid(ax, "crossing")[0].get_text() == "reaches 1 by 75 edges"
     assert len(ax.collections) == 1
     ax.figure.draw_without_rendering()
     assert not overlapping([*ax.texts])
-    bare = draw.faithfulness_curve([5], [0.3])
-    assert not by_gid(bare, "areas")
+    bare = draw.faithfulness_curve([5], [0.3], note="f is not meaningful")
+    assert bare.get_title("left") == "f is not meaningful"
+
+
+SIZES = [32, 65, 162, 325, 650, 1625, 3249, 6498, 16246, 32491]
+SHAPES = {
+    "rising": [0.0, 0.1, 0.28, 0.45, 0.7, 0.93, 1.15, 1.22, 1.1, 1.0],
+    "at once": [1.0] * 10,
+    "a hair below": [0.0, 0.2, 0.9, 0.9995, 0.9995, 1.0, 1.0, 1.0, 1.0, 1.0],
+    "humped": [0.9, 0.99, 0.4, 0.2, 0.99, 1.4, 0.8, 0.9, 0.95, 1.0],
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_circle_lies_on_the_line_and_no_name_on_any_line(shape: str) -> None:
+    values = np.array(SHAPES[shape])
+    first = int(np.flatnonzero(values >= 0.999)[0])
+    random = np.clip(np.linspace(-1, 1, 10) ** 3, -0.02, 1) * np.ones((3, 1))
+    ax = draw.faithfulness_curve(SIZES, values, random=random, crossing=SIZES[first])
+    ((x,), (y,)) = by_gid(ax, "reached")[0].get_data()
+    assert np.interp(np.log(x), np.log(SIZES), values) == pytest.approx(y, abs=1e-9)
+    assert y == pytest.approx(1.0, abs=1e-3)
+    on_size = np.interp(np.log(SIZES[first]), np.log(SIZES), values)
+    if shape in ("rising", "humped"):
+        assert abs(on_size - 1.0) > 0.1, "a circle at the size that reached 1 and at height 1 would lie off the line"
+    figure = ax.figure
+    figure.draw_without_rendering()
+    boxes = boxes_of([*by_gid(ax, "line-name"), *by_gid(ax, "crossing")])
+    leaders = [line for line in ax.get_lines() if line.get_linewidth() == 0.5]
+    for leader in leaders:
+        leader.remove()
+    points = ax.transData.transform(along_lines(ax))
+    assert len(boxes) == 3
+    for box in boxes:
+        assert not ((points > [box.x0, box.y0]) & (points < [box.x1, box.y1])).all(1).any()
+    assert not overlapping(texts(ax))
+
+
+def texts(ax: Any) -> list[Any]:
+    """What is written in and above the axes."""
+    return [text for text in (*ax.texts, ax._left_title) if text.get_text()]
+
+
+def inside(ax: Any) -> bool:
+    """Whether no text and no marker reaches over the figure's edge."""
+    figure = ax.figure
+    figure.draw_without_rendering()
+    boxes = boxes_of([*texts(ax), *(ax.get_legend().get_texts() if ax.get_legend() else [])])
+    width, height = figure.bbox.size
+    return all(box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height for box in boxes)
+
+
+@pytest.mark.parametrize("values", [[0.03], [0.95], [-3.5]])
+def test_a_single_size_is_a_whole_point_with_its_names_clear_of_the_levels(values: list[float]) -> None:
+    ax = draw.faithfulness_curve([60], values, random=[[0.0], [0.02], [-0.01]])
+    low, high = ax.get_xlim()
+    assert low < 60 / 2 and high > 60 * 2
+    assert by_gid(ax, "random")[0].get_marker() == by_gid(ax, "circuit")[0].get_marker() == "o"
+    assert inside(ax) and not overlapping([*ax.texts])
+    heights = [ax.transData.transform((60, level))[1] for level in (0.0, 1.0)]
+    for box in boxes_of(by_gid(ax, "line-name")):
+        assert not any(box.y0 < height < box.y1 for height in heights)
+
+
+def test_nothing_is_cut_off_where_a_figure_is_saved_as_it_is() -> None:
+    x = np.arange(1, 200)
+    found = {"attribution patching": np.minimum(x / 12, 1), "exact": np.minimum(x / 10, 1)}
+    curves = (
+        draw.faithfulness_curve(SIZES, SHAPES["rising"], crossing=3249, cpr=1.0, cmd=0.1, note="a remark " * 20),
+        draw.discovery_curve(found, x, k=10, random=x / 200),
+        draw.drop_bars(["L0H1", "MLP 2"], [0.4, -0.1], chance=0.05, note="a remark " * 20),
+    )
+    assert all(inside(ax) for ax in curves)
+    bare = Figure().add_subplot()
+    draw.faithfulness_curve(SIZES, SHAPES["rising"], ax=bare)
+    assert inside(bare), "also in a figure that came without a layout"
+    figure = curves[0].figure
+    figure.set_layout_engine("none")
+    curves[0].set_position((0.1, 0.1, 0.9, 0.8))
+    assert not inside(curves[0]), "names beyond the right edge are noticed"
+
+
+def test_bars_show_the_largest_drops_first_with_chance() -> None:
+    drops = np.linspace(-0.2, 0.3, 26)
+    ax = draw.drop_bars([f"L{i}H0" for i in range(26)], drops, chance=0.1, label="most of chance", kind="nodes")
+    widths = [bar.get_width() for bar in ax.patches]
+    assert np.allclose(widths, drops[::-1][:20])
+    assert [tick.get_text() for tick in ax.get_yticklabels()][:2] == ["L25H0", "L24H0"]
+    assert ax.get_ylim()[0] > ax.get_ylim()[1], "the largest on top"
+    assert ax.get_title("left") == "the 20 largest of 26 nodes"
+    (line,) = by_gid(ax, "chance")
+    assert (list(line.get_xdata()), line.get_linestyle()) == ([0.1, 0.1], "--")
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["most of chance"]
+    colours = [to_hex(bar.get_facecolor()) for bar in ax.patches]
+    assert colours == [POSITIVE if width > 0 else NEGATIVE for width in widths]
+    bare = draw.drop_bars(["L0H1"], [0.1])
+    assert bare.get_legend() is None and bare.get_title("left") == ""
+    with pytest.raises(SettingError, match="1 drops, 2 names"):
+        draw.drop_bars(["a", "b"], [0.1])
 
 
 @pytest.mark.parametrize(

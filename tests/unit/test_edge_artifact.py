@@ -70,12 +70,18 @@ def test_table_of_edges() -> None:
     assert frame["score"].is_monotonic_decreasing
     assert bool((frame["contribution"] == -frame["signed"]).all())
     assert frame.notna().all(axis=None)
+    narrow = made(torch.arange(24, dtype=torch.float32).reshape(4, 6)).to_pandas()
+    assert {str(narrow[name].dtype) for name in ("score", "signed", "contribution")} == {"float64"}
 
 
 def test_notebook_view_names_cost_and_edges() -> None:
     html = made()._repr_html_()
     assert "edge_attribution, 11 edges, 3 pairs, 6 forward and 3 backward passes" in html
     assert "a0.h0&lt;q&gt;" in html and "<q>" not in html
+    said = "EdgeAttribution(edge_attribution, 11 edges, 3 pairs, 6 forward and 3 backward passes)"
+    assert repr(made()) == said
+    sizes = {name: SETTINGS[name] for name in SETTINGS if name not in ("method", "n_pairs", "passes")}
+    assert repr(EdgeAttribution(made().tensors, settings=sizes)) == "EdgeAttribution(11 edges)"
 
 
 def test_saved_and_loaded(tmp_path: Path) -> None:
@@ -121,7 +127,7 @@ def test_bad_input() -> None:
 
 def test_figure_and_circuit_are_those_of_the_best_edges() -> None:
     result = made()
-    circuit = result.circuit(3)
-    assert set(circuit.edges) <= set(result.top(3, by="contribution"))
+    circuit = result.circuit(8)
+    assert circuit.edges and set(circuit.edges) <= set(result.top(8, by="contribution"))
     axes = result.plot()
     assert axes.figure is not None

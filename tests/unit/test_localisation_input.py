@@ -52,6 +52,20 @@ def measured_by(function: Callable[[Tensor], Tensor]) -> Task:
     return replace(TASK, metric=replace(TASK.metric, function=lambda logits, _batch: function(logits)))
 
 
+@cases()
+def test_a_model_or_task_of_another_type(case: Case) -> None:
+    inputs = {**case.inputs(MODEL, Heads.of(MODEL), case.settings), **case.settings}
+    method = getattr(ma, case.method)
+    for model in (torch.nn.Linear(2, 2), "gpt2", None):
+        with pytest.raises(SettingError) as error:
+            method(model, TASK, **inputs)
+        assert f" | a {type(model).__name__} | give a hooked model, such as ma.load(model)" in message(error)
+    for task in ([("a", "b")], TASK.clean, None):
+        with pytest.raises(SettingError) as error:
+            method(MODEL, task, **inputs)
+        assert f" | a {type(task).__name__} | give a task, such as ma.tasks.from_pairs(model, pairs)" in message(error)
+
+
 # Pairs that have nothing to say
 
 
@@ -134,8 +148,6 @@ def wrong_names() -> list[Any]:
             asked["unit"] = ("head", UnknownNameError, UNITS[name])
         if "method" in takes:
             asked["method"] = ("eap_igg", UnknownNameError, METHODS[name])
-        if name == "ablation":
-            del asked["seed"]  # of the choice of other prompts, which means do not make
         found += [pytest.param(case, key, *entry, id=f"{name}-{key}") for key, entry in asked.items()]
     return found
 
@@ -170,7 +182,7 @@ def test_circuits_that_the_graph_does_not_have() -> None:
         ma.faithfulness(MODEL, TASK, edges, sizes=(1.5,))
     assert message(error).startswith("sizes of circuits | 1.5 | give shares of all edges above 0 and up to 1")
     other = plain("llama_like")
-    for method, given in ((ma.faithfulness, edges), (ma.minimality, edges.circuit(5))):
+    for method, given in ((ma.faithfulness, edges), (ma.minimality, edges.circuit(34))):
         with pytest.raises(MismatchError, match="use scores or a circuit of this model"):
             method(other, pairs_task(other), given)
 
@@ -191,14 +203,14 @@ def test_the_first_site_that_is_not_finite_is_named(case: Case) -> None:
 
 NOT_FINITE = {
     "activation_patching": "the effect of a node at blocks.0.attn.hook_rot_k | it is nan, although the logits are",
-    "attribution_patching": "estimates at blocks.1.attn.hook_rot_q | NaN or infinity in its gradient",
-    "attribution_patching two_point": "estimates at blocks.1.attn.hook_rot_q | NaN or infinity in its gradient",
-    "missed_effect_bound": "a bound on missed effects | a metric that is not finite, first on pair ",
+    "attribution_patching": "the metric of the base run, on pair 0 | it is nan, although the logits are finite",
+    "attribution_patching two_point": "the metric of the base run, on pair 0 | it is nan, although the logits are",
+    "missed_effect_bound": "the effect of a set of nodes, on pair ",
     "ablation": "the effect of a node at blocks.0.attn.hook_rot_k | it is nan, although the logits are finite",
     "ablation resample": "the effect of a node at blocks.0.attn.hook_rot_k | it is nan, although the logits are finite",
     "causal_tracing": "the effect of a node at blocks.0.attn.hook_rot_k | it is nan, although the logits are finite",
     "path_patching": "the effect of a node at blocks.0.attn.hook_z | it is nan, although the logits are finite",
-    "edge_attribution": "edge scores at blocks.1.hook_resid_post | NaN or infinity in its gradient",
+    "edge_attribution": "the metric of the base run, on pair 0 | it is nan, although the logits are finite",
     "edge_patching": "the effect of edge input -> a0.h0<q> | it is nan, although the logits are finite",
     "faithfulness": "the metric with edges cut, on pair 0 | it is nan, although the logits are finite",
     "minimality": "the metric with edges cut, on pair 0 | it is nan, although the logits are finite",
@@ -206,7 +218,7 @@ NOT_FINITE = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_scores_that_are_not_finite_name_the_first_site(name: str, tmp_path: Path) -> None:
+def test_a_metric_that_is_not_finite_is_named(name: str, tmp_path: Path) -> None:
     """NaN in a result would say "not measured"."""
     task, case, journal = measured_by(lambda logits: logits[:, -1, 0] * math.nan), CASES[name], tmp_path / "journal"
     how = {"resume": journal} if "resume" in signature(case) else {}
@@ -214,6 +226,32 @@ def test_scores_that_are_not_finite_name_the_first_site(name: str, tmp_path: Pat
         call(case, MODEL, task, **how)
     assert NOT_FINITE[name] in message(error)
     assert not how or b"nan" not in journal.read_bytes().lower()
+
+
+@pytest.mark.parametrize(
+    ("name", "site"),
+    (
+        ("attribution_patching", "estimates at blocks.1.attn.hook_rot_q"),
+        ("edge_attribution", "edge scores at blocks.1.hook_resid_post"),
+    ),
+)
+def test_a_gradient_that_is_not_finite_names_its_site(name: str, site: str) -> None:
+    """The metric itself is finite: the square root of zero."""
+    task = measured_by(lambda logits: (logits[:, -1, 0] - logits[:, -1, 0].detach()).sqrt())
+    with pytest.raises(NonFiniteError) as error:
+        call(CASES[name], MODEL, task)
+    assert f"{site} | NaN or infinity in its gradient" in message(error)
+
+
+def test_edges_name_the_metric_of_the_source_run() -> None:
+    def nan_on_corrupt(logits: Tensor, batch: Any) -> Tensor:
+        clean = bool((batch.tokens == TASK.clean.tokens).all())
+        return logits[:, -1, 0] * (1.0 if clean else math.nan)
+
+    task = replace(TASK, metric=replace(TASK.metric, function=nan_on_corrupt))
+    with pytest.raises(NonFiniteError) as error:
+        call(CASES["edge_attribution"], MODEL, task)
+    assert "the metric of the source run, on pair 0 | it is nan, although the logits are finite" in message(error)
 
 
 @cases(only=ESTIMATES | {"missed_effect_bound"})

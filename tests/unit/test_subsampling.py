@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from scipy.stats import norm
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mechattr.engines.subsampling import Contrast, Moments, Split, contrast, draw, planned_looks
+from mechattr.patching.sampling import CHUNK, Sampling
 
 ALPHA = 0.05
 THETA = 1.0
@@ -263,6 +267,46 @@ def test_draws_repeat_and_have_the_right_shares() -> None:
         assert not torch.equal(chosen, other[1])
     assert float(chosen.double().mean()) == pytest.approx(0.02, abs=4 * math.sqrt(0.02 * 0.98 / 200_000))
     assert stratum.bincount().tolist() == pytest.approx([1000] * 4, abs=4 * math.sqrt(1000))
+
+
+class Largest(TorchDispatchMode):
+    """Notes the largest tensor that is made, in bytes."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if isinstance(found, Tensor):
+            self.bytes = max(self.bytes, found.numel() * found.element_size())
+        return found
+
+
+def test_memory_grows_by_a_byte_for_a_sample_and_node() -> None:
+    n, pairs = 100_000, 3
+    generator = torch.Generator().manual_seed(0)
+    estimates = torch.randn(pairs, n, generator=generator, dtype=torch.float64)
+    moved = torch.rand(pairs, n, generator=generator) < 0.9
+    sets: Any = SimpleNamespace(moved=moved, estimates=lambda: estimates.clone())
+    run = Sampling(sets, torch.arange(n), 0.01, 0, CHUNK, per_pair=False, control=True)
+    effects = torch.randn(CHUNK, generator=generator, dtype=torch.float64)
+    tracemalloc.start()
+    with Largest() as largest:
+        run.take(effects.tolist())
+    peak = tracemalloc.get_traced_memory()[1]  # of numpy, which draws
+    tracemalloc.stop()
+    assert largest.bytes <= CHUNK * n and peak < 2 * CHUNK * n
+    # wrong: all samples and nodes in float64
+    which, chosen = run.draw(0)
+    with Largest() as largest:
+        values = effects - (chosen.double() * estimates[which]).sum(1)
+        powers = torch.stack([values**0, values, values**2])
+        inside, outside = powers @ chosen.double(), powers @ (~chosen).double()
+    assert largest.bytes == 8 * CHUNK * n
+    for found, sums in ((run.strata[0].inside, inside), (run.strata[0].outside, outside)):
+        assert torch.equal(found.count, sums[0])
+        seen = sums[0] > 0
+        torch.testing.assert_close(found.mean[seen], (sums[1] / sums[0])[seen])  # rounding: another order
+    assert run.rows == int((chosen & moved[which]).any(1).sum())
 
 
 def test_moments_of_nothing() -> None:

@@ -15,8 +15,8 @@ from patching_cases import pairs_task, plain
 import mechattr as ma
 import mechattr.engines.sweep as engine
 from mechattr.engines.halving import Halving
-from mechattr.engines.sweep import sweep
-from mechattr.errors import OutputExistsError
+from mechattr.engines.sweep import Journal, sweep
+from mechattr.errors import OutputExistsError, SettingError
 
 GROUPS = [[1.0, 2.0], [0.1, 1 / 3]]
 
@@ -96,6 +96,23 @@ def test_another_file_is_refused_and_kept(tmp_path: Path, content: bytes, found:
     assert (asked, what) == ("to resume from journal", found)
     assert fix.startswith("choose another path")
     assert not content or path.read_bytes() == content
+
+
+@pytest.mark.parametrize("resume", (3, True, ["journal"]))
+def test_what_is_no_path_is_refused(resume: object) -> None:
+    with pytest.raises(SettingError) as error:
+        run(double, resume)  # type: ignore[arg-type]
+    found = f"a {type(resume).__name__}, no path"
+    assert (error.value.asked, error.value.found) == (f"resume={resume!r}", found)
+    assert error.value.fix == "give the path of a file, or None"
+
+
+def test_a_chunk_with_another_number_of_numbers_is_computed_again(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    assert Journal(path, {}).numbers(0, lambda: [1.0], 1) == [1.0]
+    assert Journal(path, {}).numbers(0, lambda: [2.0, 3.0], 2) == [2.0, 3.0]
+    assert Journal(path, {}).numbers(0, lambda: never(0.0), 2) == [2.0, 3.0]
+    assert Journal(path, {}).numbers(0, lambda: never(0.0)) == [2.0, 3.0]
 
 
 def test_progress_guesses_the_groups_to_come(capsys: pytest.CaptureFixture[str]) -> None:
