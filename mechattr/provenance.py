@@ -10,6 +10,7 @@ import math
 import numbers
 import platform
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib import metadata
 from typing import Any
 
@@ -88,6 +89,7 @@ def provenance(
     }
 
 
+@cache
 def _version(name: str) -> str:
     """The installed version; `0+unknown` when the package is used from a folder without being installed."""
     try:
