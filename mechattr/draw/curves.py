@@ -74,12 +74,13 @@ def bound_curve(
         ax.plot(x, np.clip(y, floor / 10, None), color=BLUE, linewidth=1.8, zorder=3, gid="p")
         ax.axvline(theta_star, color=INK, linewidth=0.9, zorder=2, gid="theta-star")
         ax.plot([theta_star], [alpha], "o", color=INK, markersize=4.5, zorder=4)
-        end = theta_star > (math.sqrt(left * right) if logarithmic else 0.55 * right)
-        shift = (-6, "right") if end else (6, "left")
+        end = theta_star > (left**0.4 * right**0.6 if logarithmic else 0.6 * right)
+        # on its left it stands below the plateau of the curve and off its slope
+        shift, side, height = (-56, "right", alpha**0.5) if end else (6, "left", 1.0)
         suffix = f" {unit}" if unit else ""
         star = f"θ* = {theta_star:.3g}{suffix}\nwith {100 * confidence:.4g} % confidence\nnothing unverified is larger"
         ax.annotate(
-            star, (theta_star, 1.0), (shift[0], 0), textcoords="offset points", ha=shift[1], va="top", gid="star-name"
+            star, (theta_star, height), (shift, 0), textcoords="offset points", ha=side, va="top", gid="star-name"
         )
         ax.annotate(
             f"p = {alpha:.3g}", (1.0, alpha), (-2, 3), xycoords=("axes fraction", "data"), color="#666666",
