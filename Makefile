@@ -28,6 +28,7 @@ verify: check
 	$(BIN)/python -m pytest -q --nbmake --timeout 900 notebooks
 	for task in ioi greater_than subject_verb gendered_pronoun induction; do $(BIN)/python -m circuits.$$task || exit 1; done
 	$(BIN)/python -m benchmarks --smoke
+	$(BIN)/python -m benchmarks.localisation --quick
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks

@@ -1,11 +1,12 @@
-"""`python -m benchmarks [--smoke]`: prints the table and writes it to benchmarks/results/."""
+"""`python -m benchmarks [--smoke] [--only NAME]`: prints the table and writes it to benchmarks/results/."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
-import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,21 +23,29 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 def main() -> None:
     """Runs every measurement; `--smoke` runs few rounds of the small shape and writes nothing."""
-    smoke = "--smoke" in sys.argv[1:]
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=main.__doc__)
+    parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--only", default="", help="measure again what has this in its name; other rows stay")
+    chosen = parser.parse_args()
     torch.set_num_threads(2)
-    jobs = [
-        lambda: recording.measure("S", 3 if smoke else 41),
-        lambda: attribution.measure("S", 3 if smoke else 41),
-        lambda: attribution.measure_edges("S", 3 if smoke else 21),
-        lambda: edges.measure(3 if smoke else 9),
-        lambda: sweep.measure(3 if smoke else 9),
-    ]
-    if not smoke:
-        jobs += [lambda: recording.measure("M", 31), lambda: attribution.measure("M", 21)]
-        jobs += [lambda: attribution.measure_edges("M", 11), lambda: localising.measure(3), localising.memory]
-    rows = [row for job in tqdm(jobs, desc="benchmarks") for row in job()]
+    few = 3 if chosen.smoke else None
+    jobs: dict[str, Callable[[], list[Ratio]]] = {
+        "recording S": lambda: recording.measure("S", few or 41),
+        "attribution S": lambda: attribution.measure("S", few or 41),
+        "edges S": lambda: attribution.measure_edges("S", few or 21),
+        "edges lens": lambda: edges.measure(few or 9),
+        "sweep": lambda: sweep.measure(few or 9),
+        "recording M": lambda: recording.measure("M", 31),
+        "attribution M": lambda: attribution.measure("M", 21),
+        "edges M": lambda: attribution.measure_edges("M", 11),
+        "localising": lambda: localising.measure(5),
+        "memory": localising.memory,
+    }
+    large = ("M", "localising", "memory")
+    wanted = [job for name, job in jobs.items() if chosen.only in name and not (few and name.endswith(large))]
+    rows = [row for job in tqdm(wanted, desc="benchmarks") for row in job()]
     Console(width=120).print(_table(rows))
-    if not smoke:
+    if not chosen.smoke:
         _write(rows)
 
 
@@ -57,14 +66,20 @@ def _table(rows: list[Ratio]) -> Table:
 
 
 def _write(rows: list[Ratio]) -> None:
+    """Writes the rows; what was measured before and not now stays as it was."""
     RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / "ratios.json"
+    old = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    new = {row.name: row for row in rows}
+    whole = {row["name"]: new.pop(row["name"], None) or Ratio(**row) for row in old} | new
     machine = {
         "processor": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "torch": torch.__version__,
     }
+    rows = list(whole.values())
     document = {"machine": machine, "threads": torch.get_num_threads(), "rows": [asdict(row) for row in rows]}
-    (RESULTS / "ratios.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     lines = ["| what | ratio | 95 % interval | target |", "|---|---|---|---|"]
     lines += [f"| {r.name} | {r.value:.2f} | {r.low:.2f} to {r.high:.2f} | {_verdict(r)} |" for r in rows]
     (RESULTS / "ratios.md").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -21,8 +21,8 @@ def measure(rounds: int) -> list[Ratio]:
     if not folder.exists():
         return []
     model = ma.load(folder)
-    texts = ["Once upon a time there was a little girl who had a red ball and a dog in the park"] * 2
-    task = ma.tasks.resampled(model, texts, n=2, seed=0)
+    texts = ["Once upon a time there was a little girl who had a red ball and a dog in the park"] * 8
+    task = ma.tasks.resampled(model, texts, n=8, seed=0)
 
     def star() -> object:
         return ma.attribution_patching(model, task, variant="star", progress=False)
