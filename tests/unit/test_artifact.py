@@ -427,8 +427,12 @@ def test_a_package_that_is_not_installed_has_an_unknown_version(monkeypatch: pyt
     def missing(name: str) -> str:
         raise provenance_module.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(provenance_module.metadata, "version", missing)
-    assert provenance({})["versions"]["mechattr"] == "0+unknown"
+    with monkeypatch.context() as patch:
+        patch.setattr(provenance_module.metadata, "version", missing)
+        provenance_module._version.cache_clear()
+        assert provenance({})["versions"]["mechattr"] == "0+unknown"
+    provenance_module._version.cache_clear()
+    assert provenance({})["versions"]["mechattr"] != "0+unknown"
 
 
 def test_one_node_without_coordinates_is_a_node() -> None:
