@@ -131,7 +131,7 @@ class Faithfulness(Artifact):
         crossing = "No circuit reaches the whole model" if self.crossing is None else _reached(self.crossing, total)
         middle = min(range(len(self.sizes)), key=lambda i: abs(math.log(self.shares[i].item() / 0.1)))
         return (
-            f"{crossing}; {self.sizes[middle]:,} edges ({self.shares[middle]:.1%}) keep {self.values[middle].item():z.0%} of "
+            f"{crossing}; {self.sizes[middle]:,} edges ({self.shares[middle]:.1%}) keep {self.values[middle]:z.0%} of "
             f"its gap to the model with every edge ablated ({ablation}){self._chance(middle)}. "
             f"CPR {self.cpr:.2f}, CMD {self.cmd:.2f}."
         )
@@ -180,7 +180,7 @@ class Faithfulness(Artifact):
 
     def _chance(self, size: int) -> str:
         random = self.tensors["random"].values
-        return f", random circuits of that size {random[:, size].mean().item():z.0%}" if len(random) else ""
+        return f", random circuits of that size {random[:, size].mean():z.0%}" if len(random) else ""
 
 
 def faithfulness(
