@@ -34,10 +34,10 @@ class Ratio:
 
     @property
     def met(self) -> bool | None:
-        """Whether the interval reaches the target."""
+        """Whether the median reaches the target."""
         if self.target is None:
             return None
-        return self.low <= self.target if self.at_most else self.high >= self.target
+        return self.value <= self.target if self.at_most else self.value >= self.target
 
 
 def interleaved(functions: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, np.ndarray]:
