@@ -31,7 +31,7 @@ from mechattr.patching.graph import Graph
 from mechattr.patching.interventions import PAIRS_AT_ONCE, finite, rows_of, share_of
 from mechattr.patching.places import base_and_source, check_call, chunks, direction_of, places_of
 from mechattr.patching.settings import provenance_of, settings_of
-from mechattr.patching.wiring import Readers, Wiring
+from mechattr.patching.wiring import SiteReaders, Wiring
 from mechattr.sites import full_name
 from mechattr.tasks.task import Task
 
@@ -205,7 +205,7 @@ class _Trials:
 
     def _record(self, pairs: range) -> Bool[Tensor, "pair writer"]:
         """Runs a group of pairs; says which writers' outputs differ between the two prompts."""
-        writes = self.wiring.writes
+        writes = self.wiring.graph.written
         streams = list(dict.fromkeys(readers.stream for readers in self.wiring.readers))
         starts = [full_name("resid_pre", layer) for layer in range(self.model.info.n_layers)]
         batch, names = self.base.rows(pairs), [*writes, *streams, *starts]
@@ -271,7 +271,7 @@ class _Give:
     """Gives one reader in each of some rows another input."""
 
     wiring: Wiring
-    readers: Readers
+    readers: SiteReaders
     rows: Tensor
     which: Tensor
     inputs: Float[Tensor, "row pos d_model"]

@@ -26,7 +26,7 @@ from mechattr.engines.sweep import sweep
 from mechattr.errors import UnknownNameError, nearest
 from mechattr.models.base import Batch, HookedModel
 from mechattr.models.edits import Edit, Place
-from mechattr.patching.interventions import finite
+from mechattr.patching.interventions import PAIRS_AT_ONCE, TOKENS_AT_ONCE, finite
 from mechattr.patching.places import (
     base_and_source,
     by_place,
@@ -36,13 +36,11 @@ from mechattr.patching.places import (
     places_of,
     rows_at_once,
 )
-from mechattr.patching.wiring import Readers, Wiring, check_keep
+from mechattr.patching.wiring import SiteReaders, Wiring, check_keep
 from mechattr.tasks.task import Task
 
 Ablation = Literal["resample", "mean", "zero"]
 ABLATIONS = ("resample", "mean", "zero")
-PAIRS_AT_ONCE = 64
-TOKENS_AT_ONCE = 4096
 
 
 class EdgeRun:
@@ -181,9 +179,9 @@ class EdgeRun:
         return {name: mean[positions] for name, mean in self._means.items()}
 
     def _record(self, batch: Batch) -> dict[str, Tensor]:
-        run = self.model.run(batch, record=self.wiring.writes)
+        run = self.model.run(batch, record=self.wiring.graph.written)
         self.forward += len(batch)
-        return {name: run.activations[name].values for name in self.wiring.writes}
+        return {name: run.activations[name].values for name in self.wiring.graph.written}
 
     def _mean(self) -> dict[str, Tensor]:
         """By full name the mean over prompts at each position [pos, ...]."""
@@ -231,7 +229,7 @@ class _Cut:
 
     def edits(self) -> list[Edit]:
         """In the order in which they act at one site: the write into block 0 is seen before it is read."""
-        watch = [Edit(name, self.watch) for name in self.wiring.writes]
+        watch = [Edit(name, self.watch) for name in self.wiring.graph.written]
         streams = dict.fromkeys(readers.stream for readers in self.wiring.readers if readers.norm is not None)
         return [*watch, *(Edit(name, self.hold) for name in streams), *map(self.reader, self.wiring.readers)]
 
@@ -247,7 +245,7 @@ class _Cut:
         self.streams[place.site] = x
         return x
 
-    def reader(self, readers: Readers) -> Edit:
+    def reader(self, readers: SiteReaders) -> Edit:
         """The edit that gives the readers of one site their own inputs."""
 
         def give(x: Tensor, _place: Place) -> Tensor:

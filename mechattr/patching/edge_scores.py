@@ -51,7 +51,7 @@ class Writers:
         hold: frozenset[int] = frozenset(),
     ) -> Writers:
         """Source minus base, zero at padding and for the blocks in `hold`, whose writes are held fixed."""
-        change = {name: real(wide(source[name]) - wide(base[name]), mask) for name in writer_sites(graph)}
+        change = {name: real(wide(source[name]) - wide(base[name]), mask) for name in graph.written}
         for layer in hold:
             for name in (full_name(short, layer) for short in ("z", "mlp_out")):
                 if name in change:
@@ -87,14 +87,6 @@ class Writers:
             if self.mlp_out:
                 found[heads.stop] = self.mlp_out[layer][pairs, columns].flatten(0, 1)
         return found
-
-
-def writer_sites(graph: Graph) -> tuple[str, ...]:
-    """The full names that say what every writer wrote."""
-    names = [full_name("resid_pre", 0)]
-    for layer in range(graph.n_layers):
-        names += [full_name("z", layer), *([full_name("mlp_out", layer)] if graph.has_mlp else [])]
-    return tuple(names)
 
 
 def pair_scores(writers: Writers, readers: Readers) -> Iterator[Float[Tensor, "pair writer reader"]]:

@@ -24,7 +24,7 @@ from mechattr.models.operators import Set
 from mechattr.models.rules import Rules, check_rules
 from mechattr.patching.edge_artifact import EdgeAttribution, edge_tables
 from mechattr.patching.edge_readers import Readers, Tile, tiles_of
-from mechattr.patching.edge_scores import Writers, pair_scores, writer_sites
+from mechattr.patching.edge_scores import Writers, pair_scores
 from mechattr.patching.graph import Graph, check_additive
 from mechattr.patching.interventions import finite
 from mechattr.patching.places import base_and_source, check_call, direction_of, places_of, rows_at_once
@@ -215,7 +215,7 @@ class _Sums:
 
     def _end(self, batch: Batch, point: float, readers: Readers, task: Task) -> tuple[dict[str, Tensor], Tensor]:
         """One end of the path: what every writer wrote, and the metric; its gradients too if the path has them."""
-        names = writer_sites(self.graph)
+        names = self.graph.written
         if point not in self.path:
             run = self.model.run(batch, record=names, metric=task.metric)
             assert run.metric is not None  # a metric was given

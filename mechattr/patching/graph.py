@@ -23,6 +23,7 @@ from torch import Tensor
 
 from mechattr.errors import UnknownNameError, UnsupportedFeatureError, nearest
 from mechattr.models.base import ModelInfo
+from mechattr.sites import full_name
 
 INPUT, LOGITS = "input", "logits"
 KINDS = ("q", "k", "v")
@@ -77,6 +78,14 @@ class Graph:
     def writers_a_layer(self) -> int:
         """How many writers a block has."""
         return self.n_heads + self.has_mlp
+
+    @property
+    def written(self) -> tuple[str, ...]:
+        """The full names of the sites whose activations tell what every writer wrote."""
+        names = [full_name("resid_pre", 0)]
+        for layer in range(self.n_layers):
+            names += [full_name("z", layer), *([full_name("mlp_out", layer)] if self.has_mlp else [])]
+        return tuple(names)
 
     @property
     def readers_a_layer(self) -> int:

@@ -22,7 +22,7 @@ ELEMENTS_AT_ONCE = 2**26  # numbers in the tensor of all writers' outputs, which
 
 
 @dataclass(frozen=True, slots=True)
-class Readers:
+class SiteReaders:
     """The readers of one site: a site's heads, an MLP's input, or the logits.
 
     Attributes:
@@ -59,21 +59,12 @@ class Wiring:
 
     model: HookedModel
     graph: Graph = field(init=False)
-    readers: tuple[Readers, ...] = field(init=False)
+    readers: tuple[SiteReaders, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         check_additive(self.model.info)
         object.__setattr__(self, "graph", Graph.of(self.model.info))
         object.__setattr__(self, "readers", tuple(self._readers()))
-
-    @property
-    def writes(self) -> tuple[str, ...]:
-        """The full names whose activations tell every writer's output."""
-        names = [full_name("resid_pre", 0)]
-        for layer in range(self.graph.n_layers):
-            names.append(full_name("z", layer))
-            names += [full_name("mlp_out", layer)] * self.graph.has_mlp
-        return tuple(names)
 
     def places(self, name: str) -> slice:
         """The rows of the mask that belong to a recorded activation: one writer, or all heads of a block."""
@@ -88,7 +79,7 @@ class Wiring:
         """What an activation (or a difference of two) writes to the residual stream, by writer.
 
         Args:
-            name: one of `writes`.
+            name: one of `Graph.written`.
             x: z [batch, pos, head, d_head], or a residual-stream tensor [batch, pos, d_model].
         """
         if x.ndim == 3:
@@ -97,7 +88,7 @@ class Wiring:
         return torch.einsum("bthe,hed->bhtd", x, w)
 
     def project(
-        self, readers: Readers, inputs: Float[Tensor, "batch reader pos d_model"], which: slice | int = slice(None)
+        self, readers: SiteReaders, inputs: Float[Tensor, "batch reader pos d_model"], which: slice | int = slice(None)
     ) -> Float[Tensor, "batch pos ..."]:
         """What a site holds when its readers get these inputs.
 
@@ -122,7 +113,7 @@ class Wiring:
         per_row = (len(self.graph.writers) + 4 * self.graph.readers_a_layer) * width * self.model.info.d_model
         return max(1, ELEMENTS_AT_ONCE // per_row)
 
-    def _readers(self) -> list[Readers]:
+    def _readers(self) -> list[SiteReaders]:
         graph, found, column = self.graph, [], 0
         sites = set(self.model.sites())
         for layer in range(graph.n_layers):
@@ -134,7 +125,7 @@ class Wiring:
                     continue
                 weight, bias = (f"{p}attn.{letter}_{kind.upper()}" for letter in "Wb")
                 seen = graph.seen_by(layer)
-                found.append(Readers(full_name(kind, layer), stream, columns, seen, p + "ln1", weight, bias, layer))
+                found.append(SiteReaders(full_name(kind, layer), stream, columns, seen, p + "ln1", weight, bias, layer))
             if not graph.has_mlp:
                 continue
             columns, column = slice(column, column + 1), column + 1
@@ -143,10 +134,12 @@ class Wiring:
             for short, part in parts.items():
                 weight, bias = f"{p}mlp.W_{part}", f"{p}mlp.b_{part}"
                 seen = graph.seen_by(layer, mlp=True)
-                found.append(Readers(full_name(short, layer), stream, columns, seen, p + "ln2", weight, bias, layer))
+                found.append(
+                    SiteReaders(full_name(short, layer), stream, columns, seen, p + "ln2", weight, bias, layer)
+                )
         last = full_name("resid_post", graph.n_layers - 1)
         columns, seen = slice(column, column + 1), graph.seen_by(graph.n_layers)
-        return [*found, Readers(last, last, columns, seen, None, "", "", graph.n_layers - 1)]
+        return [*found, SiteReaders(last, last, columns, seen, None, "", "", graph.n_layers - 1)]
 
 
 def check_keep(graph: Graph, keep: Bool[Tensor, "... writer reader"]) -> None:
