@@ -20,7 +20,7 @@ demo: $(INSTALLED)
 	$(BIN)/mechattr localise --model tiny --task ioi --out out/demo
 
 test: check
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4
 	$(BIN)/python -m pytest -q --nbmake notebooks/first_patch.ipynb
 
 verify: check
@@ -50,5 +50,5 @@ $(BIN)/python:
 # torch goes first, alone and pinned, so that nothing that comes later can choose another build of it.
 $(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) torch setuptools
-	$(PIP) --no-build-isolation -e '.[dev]'
+	$(PIP) --no-build-isolation -e '.[dev,ray]'
 	touch $@

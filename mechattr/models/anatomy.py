@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from mechattr.errors import UnknownNameError, UnsupportedFeatureError, UnsupportedModelError, nearest
-from mechattr.models.architectures import Family
+from mechattr.models.families import Family
 from mechattr.models.norms import Norm, is_norm, norm_of
 
 

@@ -14,10 +14,11 @@ from mechattr.errors import ModelStateError, SettingError, UnsupportedModelError
 from mechattr.models import tokenize as text
 from mechattr.models import weights
 from mechattr.models.anatomy import locate
-from mechattr.models.architectures import family_of, full_sites
+from mechattr.models.architectures import family_of
 from mechattr.models.base import AttentionForm, Batch, Generation, ModelInfo
 from mechattr.models.checks import check_batch, check_room
 from mechattr.models.edits import Edit, Frame
+from mechattr.models.families import full_sites
 from mechattr.models.hf_hooks import tapping
 from mechattr.models.norms import Norm, is_norm
 from mechattr.models.running import Running

@@ -151,9 +151,9 @@ def _from_files(
 
 
 def _weights(source: str, folder: str, dtype: torch.dtype | None, attention: str, revision: str | None) -> Any:
+    import transformers
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
     from mechattr.models.architectures import family_of
 
@@ -161,12 +161,12 @@ def _weights(source: str, folder: str, dtype: torch.dtype | None, attention: str
     if _local(source):
         _check_folder(source, folder)
     try:
-        config = AutoConfig.from_pretrained(folder, revision=revision)
+        config = transformers.AutoConfig.from_pretrained(folder, revision=revision)
     except (OSError, ValueError, StrictDataclassError) as error:
         fix = complete if _local(source) else f"bundled: {', '.join(BUNDLED)}; else give a folder or a hub name"
         raise UnknownModelError(f"model {source!r}", _first_line(error), fix) from error
     _, family = family_of(config)
-    auto = AutoModelForMaskedLM if family.encoder else AutoModelForCausalLM
+    auto = getattr(transformers, family.auto)
     try:
         with _no_bar(source):
             model, report = auto.from_pretrained(
