@@ -15,12 +15,13 @@ from mechattr.models import tokenize as text
 from mechattr.models import weights
 from mechattr.models.anatomy import locate
 from mechattr.models.architectures import family_of
-from mechattr.models.base import AttentionForm, Batch, Generation, ModelInfo
+from mechattr.models.base import AttentionForm, Batch, Generation
 from mechattr.models.checks import check_batch, check_room
+from mechattr.models.describe import describe
 from mechattr.models.edits import Edit, Frame
 from mechattr.models.families import full_sites
 from mechattr.models.hf_hooks import tapping
-from mechattr.models.norms import Norm, is_norm
+from mechattr.models.norms import Norm
 from mechattr.models.running import Running
 from mechattr.models.selfcheck import selfcheck
 from mechattr.models.taps import Taps, plan_edits, supported
@@ -54,37 +55,12 @@ class HookedHF(Running):
         self._lock, self._thread = threading.Lock(), -1
         self._forms: dict[int, AttentionForm] | None = None
         self.config = model.config
-        family_name, family = family_of(self.config)
+        _, family = family_of(self.config)
         c = self.config
         n_heads = c.num_attention_heads
-        n_kv_heads = getattr(c, "num_key_value_heads", None) or n_heads
-        self._anatomy = locate(model, family, n_heads, n_kv_heads)
-        parallel = bool(getattr(c, "use_parallel_residual", False)) and family_name == "gpt_neox"
-        parts = self._anatomy.parts[0]
-        d_mlp = weights.matrix(parts["down"]).shape[0]
-        self.info = ModelInfo(
-            name=name or getattr(c, "_name_or_path", "") or family_name,
-            family=family_name,
-            backend="hf",
-            n_layers=len(self._anatomy.blocks),
-            n_heads=n_heads,
-            n_kv_heads=n_kv_heads,
-            d_model=c.hidden_size,
-            d_head=weights.w_o(parts["o"], n_heads).shape[1],
-            d_mlp=d_mlp,
-            d_vocab=c.vocab_size,
-            n_ctx=c.max_position_embeddings,
-            norm="rms" if family.norm.startswith("rms") else "layer",
-            parallel=parallel,
-            post_norm=family.post_norm,
-            write_norm=not family.post_norm and is_norm(parts["attn_out"]),
-            encoder=family.encoder,
-            rotary=family.rotary,
-            gated="up" in parts or family.fused == "blocks",
-            dtype=str(model.dtype).removeprefix("torch."),
-            revision=revision,
-        )
-        self._sites = full_sites(family, parallel=parallel, n_layers=self.info.n_layers)
+        self._anatomy = locate(model, family, n_heads, getattr(c, "num_key_value_heads", None) or n_heads)
+        self.info = describe(model, self._anatomy, backend="hf", name=name, revision=revision)
+        self._sites = full_sites(family, parallel=self.info.parallel, n_layers=self.info.n_layers)
         if model.get_output_embeddings() is None:
             raise UnsupportedModelError(
                 f"a hooked {type(model).__name__}", "it has no language-model head", "load the ...ForCausalLM class"

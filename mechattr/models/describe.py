@@ -1,0 +1,47 @@
+"""What a transformers model says of itself, for every backend that runs one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mechattr.models import weights
+from mechattr.models.anatomy import Anatomy
+from mechattr.models.base import ModelInfo
+from mechattr.models.norms import is_norm
+
+
+def describe(
+    model: Any, anatomy: Anatomy, *, backend: str, name: str | None = None, revision: str | None = None
+) -> ModelInfo:
+    """The info of a transformers model, from its config and its modules.
+
+    Args:
+        model: a transformers model, or anything with its `config` and `dtype`.
+        anatomy: where its parts are.
+        backend: what runs it.
+        name: what results call it; by default the folder or hub name of the config, else its family.
+        revision: the revision it was loaded at, if known.
+    """
+    c, family, parts = model.config, anatomy.family, anatomy.parts[0]
+    return ModelInfo(
+        name=name or getattr(c, "_name_or_path", "") or c.model_type,
+        family=c.model_type,
+        backend=backend,
+        n_layers=len(anatomy.blocks),
+        n_heads=anatomy.n_heads,
+        n_kv_heads=anatomy.n_kv_heads,
+        d_model=c.hidden_size,
+        d_head=weights.w_o(parts["o"], anatomy.n_heads).shape[1],
+        d_mlp=weights.matrix(parts["down"]).shape[0],
+        d_vocab=c.vocab_size,
+        n_ctx=c.max_position_embeddings,
+        norm="rms" if family.norm.startswith("rms") else "layer",
+        parallel=bool(getattr(c, "use_parallel_residual", False)) and c.model_type == "gpt_neox",
+        post_norm=family.post_norm,
+        write_norm=not family.post_norm and is_norm(parts["attn_out"]),
+        encoder=family.encoder,
+        rotary=family.rotary,
+        gated="up" in parts or family.fused == "blocks",
+        dtype=str(model.dtype).removeprefix("torch."),
+        revision=revision,
+    )
