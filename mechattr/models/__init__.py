@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from mechattr.models.base import Batch, Generation, HookedModel, ModelInfo, Run, Start
+from mechattr.models.discovery import discover
 from mechattr.models.edits import Edit
+from mechattr.models.families import Family
 from mechattr.models.hf import HookedHF
 from mechattr.models.load import load
 from mechattr.models.operators import Ablate, Add, Mean, Place, Resample, Scale, Set, Zero
@@ -17,6 +19,7 @@ __all__ = [
     "Add",
     "Batch",
     "Edit",
+    "Family",
     "Generation",
     "HookedHF",
     "HookedModel",
@@ -33,6 +36,7 @@ __all__ = [
     "Start",
     "Zero",
     "check_belongs",
+    "discover",
     "load",
     "plain_copy",
     "plain_model",

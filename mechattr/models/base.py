@@ -34,7 +34,8 @@ class ModelInfo:
 
     `norm` is `"layer"`, `"rms"` or `"none"`; `parallel` says that attention and MLP read the same residual stream,
     `post_norm` that norms act on the stream after each addition (BERT), `write_norm` that a norm acts on what attention
-    and MLP write before it is added (Gemma-2), `gated` that the MLP has a linear second input.
+    and MLP write before it is added (Gemma-2), `gated` that the MLP has a linear second input. `mapping` says where the
+    places of the sites were taken from: `"table"`, `"discovered"` or `"given"`.
     """
 
     name: str
@@ -57,6 +58,7 @@ class ModelInfo:
     gated: bool = False
     dtype: str = "float32"
     revision: str | None = None
+    mapping: str = "table"
 
 
 @dataclass(frozen=True, eq=False)

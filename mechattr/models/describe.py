@@ -11,7 +11,13 @@ from mechattr.models.norms import is_norm
 
 
 def describe(
-    model: Any, anatomy: Anatomy, *, backend: str, name: str | None = None, revision: str | None = None
+    model: Any,
+    anatomy: Anatomy,
+    *,
+    backend: str,
+    name: str | None = None,
+    revision: str | None = None,
+    mapping: str = "table",
 ) -> ModelInfo:
     """The info of a transformers model, from its config and its modules.
 
@@ -21,6 +27,7 @@ def describe(
         backend: what runs it.
         name: what results call it; by default the folder or hub name of the config, else its family.
         revision: the revision it was loaded at, if known.
+        mapping: where its family row came from.
     """
     c, family, parts = model.config, anatomy.family, anatomy.parts[0]
     return ModelInfo(
@@ -44,4 +51,5 @@ def describe(
         gated="up" in parts or family.fused == "blocks",
         dtype=str(model.dtype).removeprefix("torch."),
         revision=revision,
+        mapping=mapping,
     )

@@ -1,8 +1,8 @@
 """A family row for a model that has none: found by value, from one run of a few tokens.
 
-Little is guessed from names. The module that calls the attention function is the one that is seen to call it; the output
-projection is what multiplies next; what attention and the MLP write is what adds up to the block's output. What cannot
-be found that way is named in the error, beside what was found.
+Little is guessed from names. The module that calls the attention function is the one that is seen to call it; the
+output projection is what multiplies next; what attention and the MLP write is what adds up to the block's output. What
+cannot be found that way is named in the error, beside what was found.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mechattr.errors import UnsupportedModelError
+from mechattr.errors import SettingError, UnsupportedModelError
+from mechattr.models.architectures import family_of
 from mechattr.models.attention import ATTRIBUTE, name_of
-from mechattr.models.families import Family
+from mechattr.models.families import FAMILIES, Family
 from mechattr.models.norms import is_norm
 from mechattr.models.rules import Rules
 
@@ -48,16 +49,34 @@ class _Attention:
     calls: list[_Call]
     values: dict[str, Tensor] = field(default_factory=dict)
     at: int = 0
+    heads_of_q: int = 0
     plain_qk: bool = False
     inside: bool = False
     taps: Any = field(default_factory=lambda: SimpleNamespace(rules=Rules()))
 
     def heads(self, short: str, x: Tensor) -> Tensor:
         self.values[short], self.at = x.transpose(1, 2).flatten(2).detach(), len(self.calls)
+        self.heads_of_q = x.shape[1] if short == "rot_q" else self.heads_of_q
         return x
 
     def note(self, *_: Any, **__: Any) -> None:
         """A run asks for the form of attention; this does not."""
+
+
+def row_of(model: Any, family: Family | None = None) -> tuple[Family, str]:
+    """The row that a model is hooked by, and where it came from: `"given"`, `"table"` or `"discovered"`.
+
+    Raises:
+        UnsupportedModelError: no row, and none that could be found.
+        SettingError: `family` is no `Family`.
+    """
+    if family is None:
+        known = model.config.model_type in FAMILIES
+        return (family_of(model.config)[1], "table") if known else (discover(model), "discovered")
+    if not isinstance(family, Family):
+        fix = "give ma.models.Family(layers=..., attn=..., ...), or leave it out"
+        raise SettingError(f"family={family!r:.80}", f"a {type(family).__name__}", fix)
+    return family, "given"
 
 
 def discover(model: Any) -> Family:
@@ -96,7 +115,8 @@ def discover(model: Any) -> Family:
             f"not found: {', '.join(missing)}; found: {there or 'nothing'}",
             "say where they are: ma.load(..., family=ma.models.Family(layers=..., attn=..., ...))",
         )
-    return Family(**{name: value if value != "" else None for name, value in found.items()})
+    row: dict[str, Any] = {name: None if value == "" else value for name, value in found.items()}
+    return Family(**row)
 
 
 def _watch(model: Any, layers: str) -> tuple[list[_Call], list[_Call], _Attention | None]:
@@ -181,10 +201,7 @@ def _attention_parts(calls: list[_Call], attention: _Attention) -> dict[str, Any
     found: dict[str, Any] = {"o": next((c.path for c in calls[attention.at :] if c.matrix), None)}
     whole = next((c for c in before if c.out.shape[-1] == q.shape[-1] + k.shape[-1] + v.shape[-1]), None)
     if whole is not None:
-        last = whole.out[..., -v.shape[-1] :]
-        found |= {"q": "", "k": "", "v": "", "qkv": whole.path, "fused": "thirds" if _same(last, v) else None}
-        found["rotary"] = not _same(whole.out[..., : q.shape[-1]], q)
-        return found
+        return found | {"q": "", "k": "", "v": "", "qkv": whole.path} | _split(whole.out, q, v, attention.heads_of_q)
     own = next((c for c in before if _same(c.out, v)), None)
     others = [c for c in before if c is not own]
     named = {
@@ -193,6 +210,17 @@ def _attention_parts(calls: list[_Call], attention: _Attention) -> dict[str, Any
     found |= {"v": own.path if own else None} | {letter: c.path if c else None for letter, c in named.items()}
     found["rotary"] = named["q"] is None or not _same(named["q"].out, q)
     return found
+
+
+def _split(whole: Tensor, q: Tensor, v: Tensor, heads: int) -> dict[str, Any]:
+    """How a fused projection is laid out, and whether its q is rotated."""
+    if _same(whole[..., -v.shape[-1] :], v):
+        return {"fused": "thirds", "rotary": not _same(whole[..., : q.shape[-1]], q)}
+    if whole.shape[-1] == 3 * v.shape[-1]:
+        by_head = whole.unflatten(-1, (heads, 3, -1))
+        if _same(by_head[..., 2, :].flatten(-2), v):
+            return {"fused": "interleaved", "rotary": not _same(by_head[..., 0, :].flatten(-2), q)}
+    return {"fused": None}
 
 
 def _mlp_parts(calls: list[_Call], attention: _Attention) -> dict[str, str | None]:
@@ -223,7 +251,8 @@ def _norms(calls: list[_Call], found: dict[str, Any]) -> dict[str, Any]:
     kinds: set[str] = set()
     parts: dict[str, Any] = {}
     written = by_path.get(found["attn_out"])
-    readers = (("ln1", found["q"] or found["qkv"], stream), ("ln2", found["gate"], written and stream + written.out))
+    between = None if written is None else stream + written.out
+    readers = (("ln1", found["q"] or found["qkv"], stream), ("ln2", found["gate"], between))
     for name, reader, entering in readers:
         if not reader or entering is None:
             parts[name] = None

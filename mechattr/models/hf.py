@@ -14,12 +14,12 @@ from mechattr.errors import ModelStateError, SettingError, UnsupportedModelError
 from mechattr.models import tokenize as text
 from mechattr.models import weights
 from mechattr.models.anatomy import locate
-from mechattr.models.architectures import family_of
 from mechattr.models.base import AttentionForm, Batch, Generation
 from mechattr.models.checks import check_batch, check_room
 from mechattr.models.describe import describe
+from mechattr.models.discovery import row_of
 from mechattr.models.edits import Edit, Frame
-from mechattr.models.families import full_sites
+from mechattr.models.families import Family, full_sites
 from mechattr.models.hf_hooks import tapping
 from mechattr.models.norms import Norm
 from mechattr.models.running import Running
@@ -36,15 +36,23 @@ class HookedHF(Running):
         tokenizer: its tokenizer; without one, batches are made from token ids.
         name: what results call the model.
         revision: the revision it was loaded at, if known.
+        family: where its sites are; by default its row of the table, or what `discover` finds.
 
     Raises:
-        UnsupportedModelError: an unknown family, or one whose attention does not go through the tap.
+        UnsupportedModelError: a family without a row that discovery cannot describe, or one whose attention does not go
+            through the tap.
         SelfCheckError: a hook that does not do what its site's name says.
         ModelStateError: a model in training mode.
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any = None, *, name: str | None = None, revision: str | None = None
+        self,
+        model: Any,
+        tokenizer: Any = None,
+        *,
+        name: str | None = None,
+        revision: str | None = None,
+        family: Family | None = None,
     ) -> None:
         if not hasattr(model, "config"):
             raise UnsupportedModelError(
@@ -55,17 +63,17 @@ class HookedHF(Running):
         self._lock, self._thread = threading.Lock(), -1
         self._forms: dict[int, AttentionForm] | None = None
         self.config = model.config
-        _, family = family_of(self.config)
+        self._check_state()  # dropout would make what discovery and the self-check compare meaningless
+        family, mapping = row_of(model, family)
         c = self.config
         n_heads = c.num_attention_heads
         self._anatomy = locate(model, family, n_heads, getattr(c, "num_key_value_heads", None) or n_heads)
-        self.info = describe(model, self._anatomy, backend="hf", name=name, revision=revision)
+        self.info = describe(model, self._anatomy, backend="hf", name=name, revision=revision, mapping=mapping)
         self._sites = full_sites(family, parallel=self.info.parallel, n_layers=self.info.n_layers)
         if model.get_output_embeddings() is None:
             raise UnsupportedModelError(
                 f"a hooked {type(model).__name__}", "it has no language-model head", "load the ...ForCausalLM class"
             )
-        self._check_state()  # dropout would make the comparisons of the self-check meaningless
         selfcheck(self)
 
     def __repr__(self) -> str:

@@ -14,6 +14,7 @@ import torch
 
 from mechattr.errors import BackendError, SettingError, UnknownModelError, UnknownNameError, nearest
 from mechattr.models.base import HookedModel
+from mechattr.models.families import FAMILIES, Family
 
 PACKAGE = Path(__file__).resolve().parent.parent
 BUNDLED = ("tiny",)
@@ -52,6 +53,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     attention: str = "eager",
     revision: str | None = None,
+    family: Family | None = None,
 ) -> HookedModel:
     """A hooked model.
 
@@ -63,6 +65,7 @@ def load(
         dtype: by default that of the checkpoint, and `"float64"` for `backend="plain"`.
         attention: implementation for names and folders; a loaded model keeps its own.
         revision: hub revision.
+        family: where the sites of the model are; by default its row of the table, or what `discover` finds.
 
     Raises:
         UnknownModelError: nothing found under this name, or files that cannot be read or are incomplete.
@@ -79,23 +82,31 @@ def load(
         )
     wanted = None if dtype is None else dtype_of(dtype)
     if backend == "hf":
-        return _hooked(source, tokenizer, device, wanted, attention, revision)
+        return _hooked(source, tokenizer, device, wanted, attention, revision, family)
     from mechattr.models.plain import plain_copy
 
-    return plain_copy(_hooked(source, tokenizer, device, None, attention, revision), wanted or torch.float64)
+    return plain_copy(_hooked(source, tokenizer, device, None, attention, revision, family), wanted or torch.float64)
 
 
-def _hooked(source: Any, tokenizer: Any, device: Any, dtype: Any, attention: str, revision: str | None) -> Any:
+def _hooked(
+    source: Any,
+    tokenizer: Any,
+    device: Any,
+    dtype: Any,
+    attention: str,
+    revision: str | None,
+    family: Family | None,
+) -> Any:
     if hasattr(source, "run") and hasattr(source, "sites"):
-        _no_settings(device=device, dtype=dtype, tokenizer=tokenizer)
+        _no_settings(device=device, dtype=dtype, tokenizer=tokenizer, family=family)
         return source
     from mechattr.models.hf import HookedHF
 
     if isinstance(source, torch.nn.Module):
         _no_settings(device=device, dtype=dtype)
         found = _tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
-        return HookedHF(source, found, revision=revision)
-    return _from_files(str(source), tokenizer, device, dtype, attention, revision)
+        return HookedHF(source, found, revision=revision, family=family)
+    return _from_files(str(source), tokenizer, device, dtype, attention, revision, family)
 
 
 def dtype_of(dtype: str | torch.dtype) -> torch.dtype:
@@ -133,12 +144,18 @@ def _tokenizer(source: str, revision: str | None = None) -> Any:
 
 
 def _from_files(
-    source: str, tokenizer: Any, device: Any, dtype: torch.dtype | None, attention: str, revision: str | None
+    source: str,
+    tokenizer: Any,
+    device: Any,
+    dtype: torch.dtype | None,
+    attention: str,
+    revision: str | None,
+    family: Family | None,
 ) -> Any:
     from mechattr.models.hf import HookedHF
 
     folder = str(bundled_path(source) if source in BUNDLED else Path(source).expanduser() if _local(source) else source)
-    model = _weights(source, folder, dtype, attention, revision).eval().requires_grad_(False)
+    model = _weights(source, folder, dtype, attention, revision, family).eval().requires_grad_(False)
     if device is not None:
         try:
             model = model.to(device)
@@ -147,10 +164,18 @@ def _from_files(
             raise SettingError(f"device {str(device)!r}", _first_line(error), fix) from error
     if tokenizer is None or isinstance(tokenizer, str):
         tokenizer = _tokenizer(tokenizer or folder, revision if tokenizer is None else None)
-    return HookedHF(model, tokenizer, name=source if source in BUNDLED else Path(folder).name, revision=revision)
+    name = source if source in BUNDLED else Path(folder).name
+    return HookedHF(model, tokenizer, name=name, revision=revision, family=family)
 
 
-def _weights(source: str, folder: str, dtype: torch.dtype | None, attention: str, revision: str | None) -> Any:
+def _weights(
+    source: str,
+    folder: str,
+    dtype: torch.dtype | None,
+    attention: str,
+    revision: str | None,
+    family: Family | None,
+) -> Any:
     import transformers
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
@@ -165,7 +190,8 @@ def _weights(source: str, folder: str, dtype: torch.dtype | None, attention: str
     except (OSError, ValueError, StrictDataclassError) as error:
         fix = complete if _local(source) else f"bundled: {', '.join(BUNDLED)}; else give a folder or a hub name"
         raise UnknownModelError(f"model {source!r}", _first_line(error), fix) from error
-    _, family = family_of(config)
+    if family is None:  # one without a row is looked at once it is loaded
+        family = family_of(config)[1] if config.model_type in FAMILIES else Family()
     auto = getattr(transformers, family.auto)
     try:
         with _no_bar(source):

@@ -59,6 +59,7 @@ def selfcheck(model: HookedHF) -> None:
         return  # weights that overflow are reported by the first run, with the place where it begins
     if any(bool((x.sum(-1) > 1 + 1e-2).any()) or bool((x < 0).any()) for x in patterns.values()):
         raise SelfCheckError("the attention pattern", "rows that are no probabilities", "report the model's config")
+    _check_sums(model, fired)
     _check_causes(model, batch, patterns)
 
 
@@ -67,6 +68,21 @@ def _fire(model: HookedHF, batch: Batch) -> dict[str, torch.Tensor]:
     with torch.no_grad():
         model._forward(batch, taps)
     return taps.activations
+
+
+def _check_sums(model: HookedHF, fired: Mapping[str, torch.Tensor]) -> None:
+    """What attention and MLP are said to write must be what a block adds to the stream. (A post-norm encoder normalises
+    the sum.)"""
+    for layer in range(0 if model.info.post_norm else model.info.n_layers):
+        before, attention, mlp, after = (
+            fired[full_name(short, layer)].float() for short in ("resid_pre", "attn_out", "mlp_out", "resid_post")
+        )
+        if bool(((before + attention + mlp - after).abs() > 2e-2 * after.abs().max() + 1e-6).any()):  # bfloat16
+            raise SelfCheckError(
+                f"what block {layer} writes",
+                "resid_pre + attn_out + mlp_out is not resid_post",
+                "name the modules whose outputs are added to the stream: a post-norm, or a projection",
+            )
 
 
 def _check_causes(model: HookedHF, batch: Batch, patterns: Mapping[str, torch.Tensor]) -> None:

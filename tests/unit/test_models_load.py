@@ -185,9 +185,7 @@ def test_settings_that_cannot_be_met_are_refused(folder):
 
 def test_families_that_do_not_go_through_the_tap_are_refused():
     config = tf.MambaConfig(vocab_size=61, hidden_size=24, num_hidden_layers=1, state_size=4)
-    with pytest.raises(
-        UnsupportedModelError, match="family 'mamba'\n  found: no row for it; supported are gpt2, llama"
-    ):
+    with pytest.raises(UnsupportedModelError, match="family 'mamba'"):
         HookedHF(tf.MambaForCausalLM(config).eval())
     for option, text in (
         ("reorder_and_upcast_attn", "does not go through"),
