@@ -63,59 +63,58 @@ class Frame:
 
 def apply(edit: Edit, x: Tensor, site: str, axes: tuple[str, ...], frame: Frame) -> Tensor:
     """The activation `x` after the edit; `x` itself is not written to."""
-    copies = len(x) // len(frame.lengths)  # beams repeat each prompt's row
-    every = torch.arange(len(x), device=x.device).view(-1, copies)
+    for place in places(edit, tuple(x.shape), site, axes, frame, x.device):
+        if place.whole:
+            x = _operate(edit.op, x.clone(), place)
+        else:
+            out = x.clone()
+            out[place.index] = _operate(edit.op, x[place.index], place)
+            x = out
+    return x
+
+
+def places(
+    edit: Edit, shape: tuple[int, ...], site: str, axes: tuple[str, ...], frame: Frame, device: torch.device
+) -> list[Place]:
+    """Where an edit acts on an activation of a given shape, in turn: one place, or while decoding any number."""
+    copies = shape[0] // len(frame.lengths)  # beams repeat each prompt's row
+    every = torch.arange(shape[0], device=device).view(-1, copies)
     rows = None if edit.rows is None else every[list(edit.rows)].flatten()
+
+    def at(rows: Tensor | None, columns: Tensor | None = None) -> Index:
+        picks: dict[int, Tensor] = {}
+        if rows is not None:
+            picks[0] = rows
+        if columns is not None:
+            picks[axes.index("query") if "query" in axes else 1] = columns
+        features = edit.heads if edit.heads is not None else edit.neurons
+        if features is not None:
+            picks[axes.index(feature_axis(axes))] = torch.as_tensor(features, dtype=torch.long, device=device)
+        return _grid_index(picks, shape, device)
+
     if edit.positions is None:
-        return _at(edit, x, site, axes, rows)
-    positions = frame.queries if "query" in axes else frame.of(x.shape[1])
+        return [Place(site, at(rows), shape)]
+    positions = frame.queries if "query" in axes else frame.of(shape[1])
     lengths = frame.lengths.repeat_interleave(copies)
     chosen = every.flatten() if rows is None else rows
     if isinstance(edit.positions, str):  # prompts end in one column, so the same columns are generated in every row
         generated = positions[0] >= lengths[0]
         columns = (generated == (edit.positions == "generated")).nonzero()[:, 0]
         if len(columns) == len(generated):
-            return _at(edit, x, site, axes, rows)
-        return _at(edit, x, site, axes, chosen, columns.expand(len(chosen), -1)) if len(columns) else x
-    wanted = torch.tensor(list(edit.positions), dtype=torch.long, device=x.device).expand(len(chosen), -1)
+            return [Place(site, at(rows), shape)]
+        return [Place(site, at(chosen, columns.expand(len(chosen), -1)), shape)] if len(columns) else []
+    wanted = torch.tensor(list(edit.positions), dtype=torch.long, device=device).expand(len(chosen), -1)
     wanted = torch.where(wanted < 0, lengths[chosen, None] + wanted, wanted)
     hits = positions[chosen][:, None, :] == wanted[:, :, None]  # [rows, slots, columns]
     if bool(hits.any(2).all()):
-        return _at(edit, x, site, axes, chosen, hits.int().argmax(2))
+        return [Place(site, at(chosen, hits.int().argmax(2)), shape)]
+    found: list[Place] = []
     for slot in range(wanted.shape[1]):  # while decoding, a forward pass has some of the positions only
         here = hits[:, slot].any(1).nonzero()[:, 0]
         if len(here):
             columns = hits[here, slot].int().argmax(1)[:, None]
-            x = _at(edit, x, site, axes, chosen[here], columns, (here, slot), (len(chosen), wanted.shape[1]))
-    return x
-
-
-def _at(
-    edit: Edit,
-    x: Tensor,
-    site: str,
-    axes: tuple[str, ...],
-    rows: Tensor | None,
-    columns: Tensor | None = None,
-    part: tuple[Tensor, int] | None = None,
-    selected: tuple[int, int] = (0, 0),
-) -> Tensor:
-    """Applies the operator to the selected part: rows [R] and columns [R, P], `None` for all of them."""
-    picks: dict[int, Tensor] = {}
-    if rows is not None:
-        picks[0] = rows
-    if columns is not None:
-        picks[axes.index("query") if "query" in axes else 1] = columns
-    features = edit.heads if edit.heads is not None else edit.neurons
-    if features is not None:
-        picks[axes.index(feature_axis(axes))] = torch.as_tensor(features, dtype=torch.long, device=x.device)
-    index = _grid_index(picks, x.shape, x.device)
-    place = Place(site, index, tuple(x.shape), part, selected)
-    if not picks:
-        return _operate(edit.op, x.clone(), place)
-    out = x.clone()
-    out[index] = _operate(edit.op, x[index], place)
-    return out
+            found.append(Place(site, at(chosen[here], columns), shape, (here, slot), tuple(wanted.shape)))
+    return found
 
 
 def _operate(op: Operator, x: Tensor, place: Place) -> Tensor:

@@ -35,7 +35,12 @@ class Place:
     index: Index
     shape: tuple[int, ...]
     part: tuple[Tensor, int] | None = None
-    selected: tuple[int, int] = (0, 0)
+    selected: tuple[int, ...] = (0, 0)
+
+    @property
+    def whole(self) -> bool:
+        """Whether the whole activation was selected."""
+        return len(self.index) == 1 and isinstance(self.index[0], slice)
 
 
 Operator = Callable[[Tensor, Place], Tensor]

@@ -96,6 +96,38 @@ def _hand_over(visit: Visit, name: str, activation: Tensor, gradient: Tensor) ->
     visit(name, activation, gradient)
 
 
+def plan(
+    info: ModelInfo,
+    sites: Sequence[str],
+    batch: Batch,
+    record: str | Sequence[str],
+    edits: Sequence[Edit],
+    metric: Metric | None,
+    gradients: str | Sequence[str],
+    rules: Rules | None,
+    start: Start | None,
+) -> Taps:
+    """What a run is to do at each site, checked against the model and the batch before anything runs."""
+    wanted = frozenset(expand(gradients, sites))
+    if wanted and metric is None:
+        raise SettingError("gradients", "no metric to differentiate", "pass metric=task.metric or a function")
+    if metric is not None and not callable(metric):
+        raise SettingError(f"metric={metric!r}", "that is not callable", "pass metric=task.metric or a function")
+    _check_start(start, info, batch)
+    _check_hold(rules, info)
+    taps = Taps(
+        frame=Frame(batch.lengths, batch.positions, batch.positions),
+        edits=plan_edits(edits, sites, info, batch.lengths),
+        record=frozenset(expand(record, sites)),
+        gradients=wanted,
+        rules=rules or Rules(),
+        start=start,
+    )
+    _check_explicit_positions(edits, batch)
+    taps.axes = {name: site_spec(name).axes for name in taps.names}
+    return taps
+
+
 def make_tape(
     forward: Callable[[Taps], Tensor],
     info: ModelInfo,
@@ -118,41 +150,19 @@ def make_tape(
         UnsupportedFeatureError: a site that did not fire, such as one below the start.
         NonFiniteError: NaN or infinity at a real token, with the first site that has it.
     """
-    wanted = frozenset(expand(gradients, sites))
-    if wanted and metric is None:
-        raise SettingError("gradients", "no metric to differentiate", "pass metric=task.metric or a function")
-    if metric is not None and not callable(metric):
-        raise SettingError(f"metric={metric!r}", "that is not callable", "pass metric=task.metric or a function")
-    _check_start(start, info, batch)
-    _check_hold(rules, info)
-    taps = Taps(
-        frame=Frame(batch.lengths, batch.positions, batch.positions),
-        edits=plan_edits(edits, sites, info, batch.lengths),
-        record=frozenset(expand(record, sites)),
-        gradients=wanted,
-        rules=rules or Rules(),
-        start=start,
-    )
-    _check_explicit_positions(edits, batch)
-    taps.axes = {name: site_spec(name).axes for name in taps.names}
-    with torch.enable_grad() if wanted else torch.no_grad():
+    taps = plan(info, sites, batch, record, edits, metric, gradients, rules, start)
+    with torch.enable_grad() if taps.gradients else torch.no_grad():
         logits = forward(taps)
-        _check_fired(taps)
-        _check_finite(logits, batch, forward, sites, taps)
+        check_fired(taps)
+        check_finite(logits, batch, lambda: _everything(forward, sites, taps), sites)
         value = None if metric is None else metric(logits, batch)
-        if metric is not None and (not isinstance(value, Tensor) or value.shape != (len(batch),)):
-            gave = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-            raise SettingError("a metric", f"it returned {gave}", f"return one number a row, shape ({len(batch)},)")
-        if wanted and value is not None and logits.requires_grad and not value.requires_grad:
-            found = (
-                "it does not follow from the logits by differentiable steps (argmax, detach and comparisons are none)"
-            )
-            raise SettingError(
-                "the gradient of a metric", found, "use a differentiable metric, or a method without gradients"
-            )
+        if metric is not None:
+            check_metric(value, batch)
+        if taps.gradients and value is not None and logits.requires_grad and not value.requires_grad:
+            raise no_gradient()
     nodes = {name: taps.nodes[name] for name in sites if name in taps.nodes}
     detached = None if value is None else value.detach()
-    return Tape(logits.detach(), detached, taps.activations, value if wanted else None, nodes, taps.anchor)
+    return Tape(logits.detach(), detached, taps.activations, value if taps.gradients else None, nodes, taps.anchor)
 
 
 def execute(
@@ -220,7 +230,8 @@ def _check_hold(rules: Rules | None, info: ModelInfo) -> None:
         raise SettingError(f"Rules(hold={bad})", f"blocks 0 to {info.n_layers - 1}", "name existing blocks")
 
 
-def _check_fired(taps: Taps) -> None:
+def check_fired(taps: Taps) -> None:
+    """Whether every site that something was to happen at was passed."""
     silent = sorted(taps.names - taps.held - taps.fired)
     if not silent:
         return
@@ -243,17 +254,37 @@ def _check_explicit_positions(edits: Sequence[Edit], batch: Batch) -> None:
                 part.columns(position)
 
 
-def _check_finite(
-    logits: Tensor, batch: Batch, forward: Callable[[Taps], Tensor], sites: Sequence[str], taps: Taps
-) -> None:
-    if bool(torch.isfinite(logits.sum())) or bool(torch.isfinite(logits[batch.mask]).all()):
-        return
+def check_metric(value: object, batch: Batch) -> None:
+    """Whether a metric gave one number a row."""
+    if not isinstance(value, Tensor) or value.shape != (len(batch),):
+        gave = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        raise SettingError("a metric", f"it returned {gave}", f"return one number a row, shape ({len(batch)},)")
+
+
+def no_gradient() -> SettingError:
+    """The error of a metric that cannot be differentiated."""
+    found = "it does not follow from the logits by differentiable steps (argmax, detach and comparisons are none)"
+    return SettingError("the gradient of a metric", found, "use a differentiable metric, or a method without gradients")
+
+
+def _everything(forward: Callable[[Taps], Tensor], sites: Sequence[str], taps: Taps) -> Mapping[str, Tensor]:
+    """The activations of all sites in a run of the same edits."""
     probe = Taps(frame=taps.frame, edits=taps.edits, record=frozenset(sites), start=taps.start)
     probe.axes = {name: site_spec(name).axes for name in probe.names}
     with torch.no_grad():
         forward(probe)
+    return probe.activations
+
+
+def check_finite(
+    logits: Tensor, batch: Batch, activations: Callable[[], Mapping[str, Tensor]], sites: Sequence[str]
+) -> None:
+    """Whether the logits of all real tokens are finite; if not, `activations` of all sites show where it begins."""
+    if bool(torch.isfinite(logits.sum())) or bool(torch.isfinite(logits[batch.mask]).all()):
+        return
+    found = activations()
     for name in sites:
-        x = probe.activations.get(name)
+        x = found.get(name)
         if x is None or parse(name)[0] in ("attn_scores", "pattern"):  # masked scores are infinite by design
             continue
         if not bool(torch.isfinite(x[batch.mask]).all()):
