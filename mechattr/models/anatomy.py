@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from mechattr.errors import UnknownNameError, UnsupportedFeatureError, UnsupportedModelError, nearest
-from mechattr.models.families import Family
+from mechattr.models.families import Family, text_config
 from mechattr.models.norms import Norm, is_norm, norm_of
 
 
@@ -17,7 +17,7 @@ class Anatomy:
     """The modules of one model that carry sites.
 
     Attributes:
-        base: the model without its head.
+        base: the model without its head; of a vision-language model, the language model inside.
         blocks: the blocks.
         parts: for each block, the modules of its family row by field name.
         ends: `embed`, `pos_embed` and `final`.
@@ -77,6 +77,7 @@ def locate(model: Any, family: Family, n_heads: int, n_kv_heads: int) -> Anatomy
             missing.append(path)
             return None
 
+    base = find(base, family.language) or base
     blocks = find(base, family.layers)
     block_list = tuple(blocks.children()) if blocks is not None else ()
     parts = tuple(
@@ -90,7 +91,7 @@ def locate(model: Any, family: Family, n_heads: int, n_kv_heads: int) -> Anatomy
             f"no module at {', '.join(sorted(set(missing))) or family.layers}; found {children}",
             "use the transformers class of this family, with its own module names",
         )
-    config = model.config
+    config = text_config(model.config, family)
     return Anatomy(
         base,
         family,

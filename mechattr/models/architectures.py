@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from mechattr.errors import UnsupportedModelError, nearest
@@ -29,6 +30,8 @@ def family_of(config: Any) -> tuple[str, Family]:
         UnsupportedModelError: no row, or an option under which the sites would not be what their names say.
     """
     name = config.model_type
+    if name in FAMILIES and FAMILIES[name].language is not None:
+        return name, _language_model(name, config)
     if name not in FAMILIES:
         raise UnsupportedModelError(
             f"a hooked model of family {name!r}",
@@ -51,6 +54,16 @@ def family_of(config: Any) -> tuple[str, Family]:
             "a hooked opt model", "norms after the blocks, or projected embeddings (OPT-350m)", "use another OPT size"
         )
     return name, FAMILIES[name]
+
+
+def _language_model(name: str, config: Any) -> Family:
+    """The row of the language model inside a vision-language model, placed where that model has it."""
+    outer = FAMILIES[name]
+    inside, row = (outer.text, FAMILIES[outer.text]) if outer.text else family_of(config.text_config)
+    if row.auto != "AutoModelForCausalLM":
+        found = f"its language model is of family {inside!r}, which is no decoder"
+        raise UnsupportedModelError(f"a hooked {name} model", found, "use one whose language model is a decoder")
+    return replace(row, language=outer.language, text=inside, auto=outer.auto)
 
 
 def table() -> list[dict[str, Any]]:

@@ -7,16 +7,15 @@ padded token tensor. Tensors of a run have the columns of `Batch.tokens`; everyt
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechattr.artifact import Cache
-from mechattr.errors import SettingError
+from mechattr.models.batch import Batch as Batch
+from mechattr.models.batch import row_numbers as row_numbers
 
 if TYPE_CHECKING:
     from mechattr.models.edits import Edit
@@ -34,8 +33,9 @@ class ModelInfo:
 
     `norm` is `"layer"`, `"rms"` or `"none"`; `parallel` says that attention and MLP read the same residual stream,
     `post_norm` that norms act on the stream after each addition (BERT), `write_norm` that a norm acts on what attention
-    and MLP write before it is added (Gemma-2), `gated` that the MLP has a linear second input. `mapping` says where the
-    places of the sites were taken from: `"table"`, `"discovered"` or `"given"`.
+    and MLP write before it is added (Gemma-2), `gated` that the MLP has a linear second input. `image_token` is the id
+    that stands for an image's places in the text, `None` without a vision tower. `mapping` says where the places of the
+    sites were taken from: `"table"`, `"discovered"` or `"given"`.
     """
 
     name: str
@@ -56,128 +56,10 @@ class ModelInfo:
     encoder: bool = False
     rotary: bool = False
     gated: bool = False
+    image_token: int | None = None
     dtype: str = "float32"
     revision: str | None = None
     mapping: str = "table"
-
-
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """Token rows with their attention mask. The batch axis is always there.
-
-    Attributes:
-        tokens: token ids.
-        mask: true at real tokens; each row's real tokens are contiguous.
-        example: for each row, the index of the pair it belongs to, so that rows may repeat and metrics find answers.
-        strings: for each row, its real tokens as text.
-    """
-
-    tokens: Int[Tensor, "batch pos"]
-    mask: Bool[Tensor, "batch pos"]
-    example: Int[Tensor, " batch"]
-    strings: tuple[tuple[str, ...], ...] = field(default=(), repr=False)
-
-    def __post_init__(self) -> None:
-        if self.tokens.ndim != 2 or self.tokens.shape != self.mask.shape or len(self.example) != len(self.tokens):
-            shapes = [tuple(t.shape) for t in (self.tokens, self.mask, self.example)]
-            raise SettingError(
-                "a batch",
-                f"tokens {shapes[0]}, mask {shapes[1]}, example {shapes[2]}",
-                "give tokens and mask of one shape [batch, pos] and one example index a row",
-            )
-        if len(self.strings) not in (0, len(self.tokens)):
-            found = f"{len(self.tokens)} rows and the strings of {len(self.strings)}"
-            raise SettingError("a batch", found, "give strings for all rows or for none")
-        if self.tokens.dtype != torch.long or self.mask.dtype != torch.bool:
-            raise SettingError(
-                "a batch", f"tokens {self.tokens.dtype}, mask {self.mask.dtype}", "use int64 tokens and a bool mask"
-            )
-        if not bool(self.mask.any(1).all()):
-            raise SettingError("a batch", "a row without any real token", "drop empty prompts")
-        starts = (self.mask[:, 1:] & ~self.mask[:, :-1]).sum(1) + self.mask[:, 0]
-        if bool((starts > 1).any()):
-            raise SettingError("a batch", "padding between real tokens", "pad at one end of each row")
-
-    @classmethod
-    def of(cls, tokens: Tensor, mask: Tensor | None = None, strings: Sequence[Sequence[str]] = ()) -> Batch:
-        """A batch of token ids; without a mask every token is real."""
-        tokens = torch.atleast_2d(tokens)
-        mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else torch.atleast_2d(mask).bool()
-        example = torch.arange(len(tokens), device=tokens.device)
-        return cls(tokens, mask, example, tuple(tuple(row) for row in strings))
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the tokens are."""
-        return self.tokens.device
-
-    @cached_property
-    def lengths(self) -> Int[Tensor, " batch"]:
-        """Number of real tokens of each row."""
-        return self.mask.sum(1)
-
-    @cached_property
-    def padded(self) -> bool:
-        """Whether any row has padding."""
-        return not bool(self.mask.all())
-
-    @property
-    def padding_side(self) -> str:
-        """`"left"` when some row starts with padding, else `"right"`."""
-        return "left" if not bool(self.mask[:, 0].all()) else "right"
-
-    @cached_property
-    def positions(self) -> Int[Tensor, "batch pos"]:
-        """The position of each column, -1 at padding."""
-        return torch.where(self.mask, self.mask.cumsum(1) - 1, -1)
-
-    def columns(self, position: int) -> Int[Tensor, " batch"]:
-        """The column of a position in every row.
-
-        Raises:
-            SettingError: the position lies outside some row.
-        """
-        wanted = self.lengths + position if position < 0 else torch.full_like(self.lengths, position)
-        if bool(((wanted < 0) | (wanted >= self.lengths)).any()):
-            raise SettingError(
-                f"position {position}",
-                f"rows of {int(self.lengths.min())} to {int(self.lengths.max())} real tokens",
-                "name a position that every row has (negative ones count from the row's end)",
-            )
-        return self.mask.int().argmax(1) + wanted
-
-    def rows(self, index: Tensor | Sequence[int]) -> Batch:
-        """The rows `index`, in that order; rows may repeat. One bool a row is a selection, too.
-
-        Raises:
-            SettingError: a row that does not exist.
-        """
-        index = row_numbers(index, len(self)).to(self.device)
-        strings = tuple(self.strings[i] for i in index.tolist()) if self.strings else ()
-        return Batch(self.tokens[index], self.mask[index], self.example[index], strings)
-
-    def to(self, device: torch.device | str) -> Batch:
-        """The same batch on another device."""
-        return Batch(self.tokens.to(device), self.mask.to(device), self.example.to(device), self.strings)
-
-
-def row_numbers(index: Tensor | Sequence[int], n: int) -> Int[Tensor, " chosen"]:
-    """Row numbers as a tensor, from numbers (negative: from the end) or from one bool for each of the `n` rows.
-
-    Raises:
-        SettingError: something else, or a row that does not exist.
-    """
-    chosen = torch.as_tensor(index)
-    if chosen.dtype == torch.bool and chosen.shape == (n,):
-        return chosen.nonzero()[:, 0]
-    numbers = chosen.long()
-    whole = chosen.dtype != torch.bool and bool((numbers == chosen).all())
-    if chosen.ndim != 1 or not whole or bool(((numbers < -n) | (numbers >= n)).any()):
-        raise SettingError(f"rows {index}", f"{n} rows", "give a list of row numbers, or one bool for each row")
-    return numbers
 
 
 @dataclass(frozen=True, eq=False)

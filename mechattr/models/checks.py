@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mechattr.errors import SettingError
+from mechattr.errors import SettingError, UnsupportedFeatureError
 from mechattr.models.base import Batch, ModelInfo
 
 
@@ -12,7 +12,9 @@ def check_batch(batch: Batch, info: ModelInfo, device: torch.device) -> None:
     """Whether a model can run a batch at all.
 
     Raises:
-        SettingError: no batch, no row, tokens on another device, ids outside the vocabulary, or too long a prompt.
+        SettingError: no batch, no row, tokens on another device, ids outside the vocabulary, too long a prompt, or
+            image tokens that are not marked as such.
+        UnsupportedFeatureError: images for a model without a vision tower.
     """
     if not isinstance(batch, Batch):
         fix = "make a batch with model.tokenize(texts) or Batch.of(ids)"
@@ -31,6 +33,30 @@ def check_batch(batch: Batch, info: ModelInfo, device: torch.device) -> None:
             "tokenize with this model's tokenizer",
         )
     check_room(info, int(batch.lengths.max()))
+    _check_image_tokens(batch, info)
+
+
+def _check_image_tokens(batch: Batch, info: ModelInfo) -> None:
+    if info.image_token is None:
+        if batch.image is not None:
+            found = f"{info.name!r} is a model of text, without a vision tower"
+            raise UnsupportedFeatureError("a batch with images", found, "load a vision-language model")
+        return
+    standing = batch.tokens == info.image_token
+    marked = torch.zeros_like(standing) if batch.image is None else batch.image
+    if torch.equal(standing, marked):
+        return
+    if batch.image is None:
+        raise SettingError(
+            "a run of text with image tokens",
+            f"token {info.image_token} stands in {int(standing.any(1).sum())} rows, and the batch has no images",
+            "use model.tokenize(texts, images=...), or Batch.of(tokens, mask, images=..., image=...)",
+        )
+    raise SettingError(
+        "a batch with images",
+        f"image= marks other columns than those of token {info.image_token}",
+        "use image=tokens == model.info.image_token",
+    )
 
 
 def check_room(info: ModelInfo, tokens: int) -> None:

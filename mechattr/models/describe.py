@@ -7,6 +7,7 @@ from typing import Any
 from mechattr.models import weights
 from mechattr.models.anatomy import Anatomy
 from mechattr.models.base import ModelInfo
+from mechattr.models.families import text_config
 from mechattr.models.norms import is_norm
 
 
@@ -29,10 +30,11 @@ def describe(
         revision: the revision it was loaded at, if known.
         mapping: where its family row came from.
     """
-    c, family, parts = model.config, anatomy.family, anatomy.parts[0]
+    whole, family, parts = model.config, anatomy.family, anatomy.parts[0]
+    c = text_config(whole, family)
     return ModelInfo(
-        name=name or getattr(c, "_name_or_path", "") or c.model_type,
-        family=c.model_type,
+        name=name or getattr(whole, "_name_or_path", "") or whole.model_type,
+        family=whole.model_type,
         backend=backend,
         n_layers=len(anatomy.blocks),
         n_heads=anatomy.n_heads,
@@ -49,6 +51,7 @@ def describe(
         encoder=family.encoder,
         rotary=family.rotary,
         gated="up" in parts or family.fused == "blocks",
+        image_token=None if family.language is None else whole.image_token_id,
         dtype=str(model.dtype).removeprefix("torch."),
         revision=revision,
         mapping=mapping,

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from mechattr.errors import ModelStateError, SettingError, UnsupportedModelError
 from mechattr.models import tokenize as text
-from mechattr.models import weights
+from mechattr.models import vision, weights
 from mechattr.models.anatomy import locate
 from mechattr.models.base import AttentionForm, Batch, Generation
 from mechattr.models.checks import check_batch, check_room
 from mechattr.models.describe import describe
 from mechattr.models.discovery import row_of
 from mechattr.models.edits import Edit, Frame
-from mechattr.models.families import Family, full_sites
+from mechattr.models.families import Family, full_sites, text_config
 from mechattr.models.hf_hooks import tapping
 from mechattr.models.norms import Norm
 from mechattr.models.running import Running
@@ -33,7 +33,8 @@ class HookedHF(Running):
 
     Args:
         model: a causal or masked language model of a supported family, in eval mode.
-        tokenizer: its tokenizer; without one, batches are made from token ids.
+        tokenizer: its tokenizer, or the processor of a vision-language model; without one, batches are made from token
+            ids.
         name: what results call the model.
         revision: the revision it was loaded at, if known.
         family: where its sites are; by default its row of the table, or what `discover` finds.
@@ -58,14 +59,14 @@ class HookedHF(Running):
             raise UnsupportedModelError(
                 f"a hooked {type(model).__name__}", "it has no config", "give a transformers model, or a plain one"
             )
-        self.model, self.tokenizer = model, tokenizer
+        self.processor = tokenizer if hasattr(tokenizer, "image_processor") else None
+        self.model, self.tokenizer = model, tokenizer if self.processor is None else self.processor.tokenizer
         self._weight_hash = weights.Hasher()
         self._lock, self._thread = threading.Lock(), -1
         self._forms: dict[int, AttentionForm] | None = None
-        self.config = model.config
         self._check_state()  # dropout would make what discovery and the self-check compare meaningless
         family, mapping = row_of(model, family)
-        c = self.config
+        self.config = c = text_config(model.config, family)
         n_heads = c.num_attention_heads
         self._anatomy = locate(model, family, n_heads, getattr(c, "num_key_value_heads", None) or n_heads)
         self.info = describe(model, self._anatomy, backend="hf", name=name, revision=revision, mapping=mapping)
@@ -100,8 +101,21 @@ class HookedHF(Running):
         """
         return weights.weight(name, self._anatomy, self.model.get_output_embeddings()).detach()
 
-    def tokenize(self, texts: str | Sequence[str], *, chat: bool = False, padding_side: str = "right") -> Batch:
-        """Texts -> padded batch on the model's device."""
+    def tokenize(
+        self, texts: str | Sequence[str], *, chat: bool = False, padding_side: str = "right", images: Any = None
+    ) -> Batch:
+        """Texts -> padded batch on the model's device.
+
+        Args:
+            texts: one text, or several.
+            chat: put each text into the chat template, as a user's message.
+            padding_side: where shorter rows are filled.
+            images: for each text its image, a list of images, or `None`; the text says with the processor's image token
+                where each image stands (in a chat without one, before the text).
+        """
+        if images is not None:
+            given: dict[str, Any] = {"chat": chat, "padding_side": padding_side, "device": self.model.device}
+            return vision.tokenize_images(self.processor, texts, images, info=self.info, **given)
         return text.tokenize(self.tokenizer, texts, chat=chat, padding_side=padding_side, device=self.model.device)
 
     def decode_token(self, token: int) -> str:
@@ -146,11 +160,12 @@ class HookedHF(Running):
 
     def _forward(self, batch: Batch, taps: Taps) -> Tensor:
         with self._tapping(batch, taps):
-            arguments: dict[str, Any] = {} if self.info.encoder else {"use_cache": False}
+            arguments = vision.image_arguments(self.model, batch, features=taps.start is None)
+            arguments |= {} if self.info.encoder else {"use_cache": False}
             logits: Tensor = self.model(
                 input_ids=batch.tokens,
                 attention_mask=batch.mask.long() if batch.padded else None,
-                position_ids=batch.positions.clamp(min=0),
+                position_ids=vision.positions_of(self.model, batch),
                 **arguments,
             ).logits
         return logits
@@ -201,7 +216,8 @@ class HookedHF(Running):
         with ExitStack() as stack, torch.no_grad(), self._tapping(batch, taps):
             stack.callback(self.model.register_forward_pre_hook(locate_columns, with_kwargs=True).remove)
             settings = {"pad_token_id": self._pad_id(), **kwargs}
-            tokens = self.model.generate(batch.tokens, attention_mask=batch.mask.long(), **settings)
+            images = vision.image_arguments(self.model, batch)
+            tokens = self.model.generate(batch.tokens, attention_mask=batch.mask.long(), **images, **settings)
         start = batch.tokens.shape[1]
         texts = (
             () if self.tokenizer is None else self.tokenizer.batch_decode(tokens[:, start:], skip_special_tokens=True)
@@ -216,7 +232,8 @@ class HookedHF(Running):
         if self._thread == here:
             raise ModelStateError("a run inside a run", "an edit runs the model that it edits", "record beforehand")
         padded = batch.padded and self.model.dtype == torch.float64
-        with self._lock, tapping(self._anatomy, taps, self.config, padded_float64=padded):
+        hooks = tapping(self._anatomy, taps, self.config, padded_float64=padded)
+        with self._lock, vision.unchanged(self.model), hooks:
             self._thread = here
             try:
                 yield

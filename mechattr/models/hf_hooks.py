@@ -49,9 +49,10 @@ class _Installer:
         if taps.rules.norm == "frozen":
             for norm in anatomy.norms:
                 self.on_output(norm, self.frozen_norm)
-        for name, end in (("embed", "hook_embed"), ("pos_embed", "hook_pos_embed")):
-            if name in anatomy.ends and taps.wants(end) and taps.start is None:
-                self.on_output(anatomy.ends[name], lambda _m, _a, x, end=end: taps(end, x))
+        if taps.wants("hook_embed") and taps.start is None:
+            self.embedding()
+        if taps.wants("hook_pos_embed") and taps.start is None:
+            self.on_output(anatomy.ends["pos_embed"], lambda _m, _a, x: taps("hook_pos_embed", x))
         if "final" in anatomy.ends:
             self.norm(anatomy.ends["final"], "ln_final.")
         needs_attention = False
@@ -61,6 +62,14 @@ class _Installer:
             else:
                 needs_attention |= self.block(layer)
         return needs_attention
+
+    def embedding(self) -> None:
+        """Token embeddings; in a vision-language model what the language model receives, with image features at their
+        places, since an edit before they are merged in would be overwritten."""
+        if self.anatomy.family.language is None:
+            self.on_output(self.anatomy.ends["embed"], lambda _m, _a, x: self.taps("hook_embed", x))
+        else:
+            self.on_input(self.anatomy.base, lambda x: self.taps("hook_embed", x), name="inputs_embeds")
 
     # -- one block
 
@@ -215,11 +224,11 @@ class _Installer:
 
         self.stack.callback(module.register_forward_hook(hook).remove)
 
-    def on_input(self, module: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
+    def on_input(self, module: nn.Module, change: Callable[[Tensor], Tensor], *, name: str = "hidden_states") -> None:
         def hook(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
             if args:
                 return (change(args[0]), *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
+            return args, {**kwargs, name: change(kwargs[name])}
 
         self.stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
 

@@ -59,7 +59,8 @@ def load(
 
     Args:
         source: `"tiny"` (the bundled model), a folder, a hub name, a loaded transformers model, or a hooked model.
-        tokenizer: a tokenizer object, a folder or a name; by default the one beside the weights.
+        tokenizer: a tokenizer object, a folder or a name, or the processor object of a vision-language model; by
+            default what is beside the weights.
         backend: `"hf"`, or `"plain"` for a copy of a GPT-2 or Llama in plain torch.
         device: where to put the weights; by default the CPU, or where a loaded model is.
         dtype: by default that of the checkpoint, and `"float64"` for `backend="plain"`.
@@ -143,6 +144,19 @@ def _tokenizer(source: str, revision: str | None = None) -> Any:
         ) from error
 
 
+def _processor(source: str, revision: str | None) -> Any:
+    from transformers import AutoProcessor
+
+    try:
+        return AutoProcessor.from_pretrained(source, revision=revision)
+    except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:  # the last two: without torchvision
+        fix = (
+            "give tokenizer=, a processor, or a tokenizer for texts alone; processors of videos need the torchvision "
+            "that belongs to this torch"
+        )
+        raise UnknownModelError(f"the processor of {source!r}", _first_line(error), fix) from error
+
+
 def _from_files(
     source: str,
     tokenizer: Any,
@@ -162,7 +176,10 @@ def _from_files(
         except (RuntimeError, AssertionError) as error:
             fix = "use a device that torch has here"
             raise SettingError(f"device {str(device)!r}", _first_line(error), fix) from error
-    if tokenizer is None or isinstance(tokenizer, str):
+    row = family or FAMILIES.get(model.config.model_type)
+    if tokenizer is None and row is not None and row.language is not None:
+        tokenizer = _processor(folder, revision)
+    elif tokenizer is None or isinstance(tokenizer, str):
         tokenizer = _tokenizer(tokenizer or folder, revision if tokenizer is None else None)
     name = source if source in BUNDLED else Path(folder).name
     return HookedHF(model, tokenizer, name=name, revision=revision, family=family)

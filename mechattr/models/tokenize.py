@@ -24,10 +24,13 @@ def encode(tokenizer: Any, text: str, *, chat: bool = False) -> list[int]:
         text = tokenizer.apply_chat_template(
             [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
         )
-    bos = tokenizer.bos_token
-    special = not (bos and text.startswith(bos))
-    ids: list[int] = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+    ids: list[int] = tokenizer(text, add_special_tokens=wants_special(tokenizer, text), verbose=False)["input_ids"]
     return ids
+
+
+def wants_special(tokenizer: Any, text: str) -> bool:
+    """Whether a text does not begin with the BOS that the tokenizer would add."""
+    return not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
 
 
 def decode_token(tokenizer: Any, token: int) -> str:
@@ -49,6 +52,18 @@ def tokenize(
     Raises:
         SettingError: no tokenizer or chat template, no text, an empty text, or an unknown padding side.
     """
+    rows = [encode(tokenizer, text, chat=chat) for text in checked_texts(tokenizer, texts, padding_side)]
+    if not all(rows):
+        raise _nothing()
+    return pad(rows, tokenizer, padding_side=padding_side, device=device)
+
+
+def checked_texts(tokenizer: Any, texts: str | Sequence[str], padding_side: str) -> list[str]:
+    """The texts as a list.
+
+    Raises:
+        SettingError: no tokenizer, no text, an empty text, something else than text, or an unknown padding side.
+    """
     if tokenizer is None:
         raise SettingError(
             "tokenizing text",
@@ -61,10 +76,13 @@ def tokenize(
     other = next((type(text).__name__ for text in given if not isinstance(text, str)), None)
     if other is not None:
         raise SettingError("tokenizing text", f"a {other}", "give texts, or build a Batch of token ids")
-    rows = [encode(tokenizer, text, chat=chat) for text in given if text]
-    if not given or len(rows) < len(given) or not all(rows):
-        raise SettingError("tokenizing text", "an empty list or an empty text", "give texts of at least one token")
-    return pad(rows, tokenizer, padding_side=padding_side, device=device)
+    if not given or not all(given):
+        raise _nothing()
+    return given
+
+
+def _nothing() -> SettingError:
+    return SettingError("tokenizing text", "an empty list or an empty text", "give texts of at least one token")
 
 
 def pad(rows: Sequence[Sequence[int]], tokenizer: Any, *, padding_side: str = "right", device: Any = "cpu") -> Batch:

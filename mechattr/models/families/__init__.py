@@ -5,10 +5,10 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
-from mechattr.models.families import dense, encoders, parallel
-from mechattr.models.families.family import Family, full_sites, short_sites
+from mechattr.models.families import dense, encoders, parallel, vision
+from mechattr.models.families.family import Family, full_sites, short_sites, text_config
 
-_TABLES: tuple[ModuleType, ...] = (dense, parallel, encoders)
+_TABLES: tuple[ModuleType, ...] = (dense, parallel, encoders, vision)
 
 FAMILIES: dict[str, Family] = {name: row for table in _TABLES for name, row in table.ROWS.items()}
 
@@ -18,4 +18,4 @@ def small_configs() -> dict[str, Any]:
     return {name: config for table in _TABLES for name, config in table.small().items()}
 
 
-__all__ = ["FAMILIES", "Family", "full_sites", "short_sites", "small_configs"]
+__all__ = ["FAMILIES", "Family", "full_sites", "short_sites", "small_configs", "text_config"]

@@ -6,6 +6,7 @@ Paths are relative to the base model (`layers`, `embed`, `pos_embed`, `final`) o
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from mechattr.sites import SITES
 
@@ -38,6 +39,9 @@ class Family:
         softmax_float32: eager attention takes its softmax in float32.
         encoder, post_norm: see `ModelInfo`.
         auto: transformers' class that loads it.
+        language: where in a vision-language model the language model is, whose sites these are; `embed` is then what
+            it receives, image features among the token embeddings, and paths are relative to it.
+        text: the family of that language model; by default the model type of the config's text part.
     """
 
     layers: str = "layers"
@@ -65,11 +69,18 @@ class Family:
     encoder: bool = False
     post_norm: bool = False
     auto: str = "AutoModelForCausalLM"
+    language: str | None = None
+    text: str | None = None
 
     @property
     def plain_qk(self) -> bool:
         """Whether q and k enter attention as they were projected: neither rotary embedding nor norm."""
         return not self.rotary
+
+
+def text_config(config: Any, family: Family) -> Any:
+    """The config of the model that has the sites: the text part of a vision-language model's."""
+    return config if family.language is None else config.text_config
 
 
 def short_sites(family: Family, *, parallel: bool) -> tuple[str, ...]:

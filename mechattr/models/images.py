@@ -1,0 +1,89 @@
+"""Images of a batch: for each row the tensors that a processor made of them, and the columns that stand for them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from mechattr.errors import SettingError
+
+RowImages = Mapping[str, Tensor]  # a processor's tensors of one row, such as `pixel_values`; empty without an image
+
+
+def check_images(images: Sequence[RowImages], image: Tensor | None, mask: Tensor) -> None:
+    """Whether the images of a batch fit its rows.
+
+    Raises:
+        SettingError: they do not.
+    """
+    if not images and image is None:
+        return
+    if len(images) != len(mask):
+        found = f"{len(mask)} rows and the images of {len(images)}"
+        raise SettingError(
+            "a batch with images", found, "give one mapping a row, an empty one for a row without images"
+        )
+    bad = next((x for row in images for x in row.values() if not isinstance(x, Tensor) or not x.ndim), None)
+    if bad is not None:
+        fix = "give the processor's tensors of each row (return_tensors='pt')"
+        raise SettingError("a batch with images", f"a {type(bad).__name__} among them", fix)
+    if len({frozenset(row) for row in images if row}) > 1:
+        raise SettingError(
+            "a batch with images", "rows with tensors of different names", "prepare all rows with one processor"
+        )
+    if image is None or image.shape != mask.shape or image.dtype != torch.bool:
+        found = "no image=" if image is None else f"image= of shape {tuple(image.shape)}, {image.dtype}"
+        fix = "say which columns are image tokens: image=tokens == model.info.image_token"
+        raise SettingError("a batch with images", found, fix)
+    if bool((image & ~mask).any()):
+        raise SettingError("a batch with images", "image tokens in the padding", "pad with another token")
+    for row, (given, marked) in enumerate(zip(images, image.any(1).tolist(), strict=True)):
+        if bool(given) != marked:
+            found = (
+                f"row {row} has image tokens and no image" if marked else f"row {row} has an image and no image token"
+            )
+            raise SettingError(
+                "a batch with images", found, "give each row its images, and a place for them in its text"
+            )
+
+
+def spans_of(image: Bool[Tensor, "batch pos"], mask: Bool[Tensor, "batch pos"]) -> tuple[list[tuple[int, int]], ...]:
+    """For each row, the runs of image tokens as (first position, one past the last)."""
+    rows = []
+    for marked, real in zip(image.cpu(), mask.cpu(), strict=True):
+        edges = torch.nn.functional.pad(marked[real].int(), (1, 1)).diff()
+        starts, ends = (edges == 1).nonzero()[:, 0].tolist(), (edges == -1).nonzero()[:, 0].tolist()
+        rows.append(list(zip(starts, ends, strict=True)))
+    return tuple(rows)
+
+
+def moved(images: Sequence[RowImages], device: torch.device | str) -> tuple[RowImages, ...]:
+    """The images on another device; rows that share their images still do."""
+    there = {id(row): {name: x.to(device) for name, x in row.items()} for row in images}
+    return tuple(there[id(row)] for row in images)
+
+
+def joined(images: Iterable[RowImages]) -> dict[str, Tensor]:
+    """The tensors of several rows, one after the other along their first axis."""
+    rows = [row for row in images if row]
+    return {name: torch.cat([row[name] for row in rows]) for name in (rows[0] if rows else ())}
+
+
+def equal(one: RowImages, other: RowImages) -> bool:
+    """Whether two rows show the same images."""
+    return one is other or (one.keys() == other.keys() and all(torch.equal(x, other[name]) for name, x in one.items()))
+
+
+def digest(row: RowImages) -> str:
+    """sha256 of the images of a row; empty without images."""
+    if not row:
+        return ""
+    sha = hashlib.sha256()
+    for name, x in sorted(row.items()):
+        sha.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
+        sha.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
