@@ -153,11 +153,21 @@ def report(
 
 @app.command()
 def models(
+    verify: Annotated[bool, typer.Option("--verify", help="Measure it on small random models.")] = False,
+    family: Annotated[list[str] | None, typer.Option(help="With --verify: this family only; may be repeated.")] = None,
+    write: Annotated[Path | None, typer.Option(help="With --verify of all families: a page of documentation.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
 ) -> None:
-    """List the model families, their sites and what was verified of each."""
+    """List the model families, their sites and what was verified of each; --verify measures it here."""
     from mechattr.models.architectures import table
 
+    if not verify and (family or write):
+        raise typer.BadParameter("--family and --write need --verify")
+    if write and family:
+        raise typer.BadParameter("--write needs all families")
+    if verify:
+        _verify(family or [], write, as_json)
+        return
     rows = table()
     if as_json:
         _echo_json(rows)
@@ -167,6 +177,28 @@ def models(
         for checks in dict.fromkeys(row["verified"] for row in rows):  # a column of its own would be most of the table
             families = ", ".join(row["family"] for row in rows if row["verified"] == checks)
             console.print(f"verified of {families}: {checks}", markup=False, highlight=False)
+
+
+def _verify(family: Sequence[str], write: Path | None, as_json: bool) -> None:
+    """Measures families, shows the deviations, and fails if one is over its limit."""
+    from tqdm.auto import tqdm
+
+    from mechattr.report import families
+
+    names = families.chosen(family)
+    bar = tqdm(families.verified(names), total=len(names), desc="verifying families", disable=None)
+    results = dict(bar)
+    if write is not None:
+        write.write_text(families.page(results), encoding="utf-8")
+    if as_json:
+        _echo_json({name: [asdict(check) for check in checks] for name, checks in results.items()})
+    else:
+        console = Console(soft_wrap=True)
+        console.print(_table("Largest relative deviations", families.rows(results)))
+    wrong = [name for name, checks in results.items() if not all(check.passed for check in checks)]
+    if wrong:
+        typer.echo(f"over their limits: {', '.join(wrong)}", err=True)
+        raise typer.Exit(1)
 
 
 @app.command()
