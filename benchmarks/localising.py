@@ -6,11 +6,11 @@ import os
 from pathlib import Path
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 import mechattr as ma
 from benchmarks.attribution import setting
 from benchmarks.measure import Ratio, interleaved, ratio
+from mechattr.engines.memory import peak
 
 SHARED = Path(os.environ.get("MECHATTR_TEST_DATA", Path(__file__).resolve().parents[2] / "shared"))
 
@@ -54,19 +54,6 @@ def memory() -> list[Ratio]:
             seconds=(used / 2**20, floor / 2**20),
         )
     ]
-
-
-def peak(function: object) -> int:
-    """The largest sum of bytes that were allocated and not yet freed while a function ran."""
-    assert callable(function)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        function()
-    level = highest = 0
-    for event in sorted(record.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            level += event.nbytes()
-            highest = max(highest, level)
-    return highest
 
 
 if __name__ == "__main__":

@@ -151,6 +151,7 @@ class HookedModel(Protocol):
         rules: Rules | None = None,
         start: Start | None = None,
         visit: Visit | None = None,
+        checkpoint: bool = False,
     ) -> Run:
         """One forward pass and, if gradients are asked for, one backward pass."""
         ...
@@ -165,6 +166,7 @@ class HookedModel(Protocol):
         edits: Sequence[Edit] = (),
         rules: Rules | None = None,
         start: Start | None = None,
+        checkpoint: bool = False,
     ) -> Tape:
         """One forward pass that keeps its graph, for any number of backward passes."""
         ...

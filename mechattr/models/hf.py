@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -45,6 +46,8 @@ class HookedHF(Running):
         SelfCheckError: a hook that does not do what its site's name says.
         ModelStateError: a model in training mode.
     """
+
+    checkpoints: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -225,14 +228,15 @@ class HookedHF(Running):
         return Generation(tokens, start, tuple(texts))
 
     @contextmanager
-    def _tapping(self, batch: Batch, taps: Taps) -> Iterator[None]:
+    def _tapping(self, batch: Batch, taps: Taps, only: int | None = None) -> Iterator[None]:
         """One run at a time: hooks are on the modules, where a run of another thread, or one inside an edit, would meet
-        them."""
+        them. With `only`, that block is computed again during a backward pass."""
         here = threading.get_ident()
         if self._thread == here:
             raise ModelStateError("a run inside a run", "an edit runs the model that it edits", "record beforehand")
         padded = batch.padded and self.model.dtype == torch.float64
-        hooks = tapping(self._anatomy, taps, self.config, padded_float64=padded)
+        again = partial(self._tapping, batch, taps)
+        hooks = tapping(self._anatomy, taps, self.config, again, only=only, padded_float64=padded)
         with self._lock, vision.unchanged(self.model), hooks:
             self._thread = here
             try:

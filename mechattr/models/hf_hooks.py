@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from mechattr.errors import UnsupportedFeatureError
 from mechattr.models.anatomy import Anatomy
 from mechattr.models.attention import ATTRIBUTE, NATIVE, AttentionTap, name_of
+from mechattr.models.checkpoint import checkpointed
 from mechattr.models.norms import norm_scale, normalise
 from mechattr.models.rules import frozen_like, scaled, secant
 from mechattr.models.taps import Taps
@@ -20,20 +22,33 @@ from mechattr.models.weights import w_o
 
 
 @contextmanager
-def tapping(anatomy: Anatomy, taps: Taps, config: Any, *, padded_float64: bool = False) -> Iterator[None]:
+def tapping(
+    anatomy: Anatomy,
+    taps: Taps,
+    config: Any,
+    again: Callable[[int], AbstractContextManager[None]],
+    *,
+    only: int | None = None,
+    padded_float64: bool = False,
+) -> Iterator[None]:
     """Installs the hooks that `taps` wants, and takes exactly those away again whatever happens.
 
     Args:
         anatomy: where the sites are.
         taps: what is wanted of the run.
         config: the model's config.
+        again: the same for one block alone, which a checkpointed run enters once more for each block.
+        only: this block alone.
         padded_float64: use the tap's mask, without which padding in float64 gives NaN (see `attention`).
     """
     with ExitStack() as stack:
         installer = _Installer(anatomy, taps, stack)
         masked = padded_float64 and anatomy.family.softmax_float32 and config._attn_implementation == "eager"
-        if installer.install() or masked:
+        if (installer.install() if only is None else installer.install_again(only)) or masked:
             installer.switch_attention(config)
+        if taps.checkpoint and only is None:
+            for layer in range(0 if taps.start is None else taps.start.layer, len(anatomy.blocks)):
+                installer.checkpoint(layer, partial(again, layer))
         yield
 
 
@@ -70,6 +85,23 @@ class _Installer:
             self.on_output(self.anatomy.ends["embed"], lambda _m, _a, x: self.taps("hook_embed", x))
         else:
             self.on_input(self.anatomy.base, lambda x: self.taps("hook_embed", x), name="inputs_embeds")
+
+    def install_again(self, layer: int) -> bool:
+        """Hooks one block inside; says whether the attention function is needed."""
+        if self.taps.rules.norm == "frozen":
+            for norm in self.anatomy.norms:
+                self.on_output(norm, self.frozen_norm)
+        return self.block(layer)
+
+    def checkpoint(self, layer: int, again: Callable[[], AbstractContextManager[None]]) -> None:
+        """Makes a block keep its input only. What is hooked on the block itself lies outside."""
+        taps, block = self.taps, self.anatomy.blocks[layer]
+        inner = block.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:  # once the run is over, the block has the hooks of `again`
+            return (block.forward if taps.repeats else inner)(*args, **kwargs)
+
+        self.attribute(block, "forward", checkpointed(forward, taps, again))
 
     # -- one block
 
@@ -134,15 +166,14 @@ class _Installer:
             return
         before: list[Tensor] = []
 
-        def keep(x: Tensor) -> Tensor:
+        def keep(x: Tensor) -> None:
             before[:] = [x]
-            return x
 
         def feed_back(_m: nn.Module, _a: Any, x: Tensor) -> Tensor:
             total = before.pop() + x
             return x + (self.tap(mid, total) - total)
 
-        self.on_input(self.anatomy.blocks[layer], keep)
+        self.inside(self.anatomy.blocks[layer], keep)
         self.on_output(parts["attn_out"], feed_back)
 
     def mlp(self, layer: int) -> None:
@@ -231,6 +262,16 @@ class _Installer:
             return args, {**kwargs, name: change(kwargs[name])}
 
         self.stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+
+    def inside(self, block: nn.Module, look: Callable[[Tensor], None]) -> None:
+        """Calls `look` on what a block reads, as a part of its forward pass, which a checkpointed run repeats."""
+        inner = block.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            look(args[0] if args else kwargs["hidden_states"])
+            return inner(*args, **kwargs)
+
+        self.attribute(block, "forward", forward)
 
     def attribute(self, module: nn.Module, name: str, value: Any) -> None:
         """Sets an instance attribute and puts back what was there."""

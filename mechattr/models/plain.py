@@ -7,7 +7,8 @@ attention, attention-only without norms, and linear; weights are set by hand or 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -16,6 +17,7 @@ from torch import Tensor
 from mechattr.errors import MismatchError, SettingError, UnknownNameError, nearest
 from mechattr.models import tokenize as text
 from mechattr.models.base import AttentionForm, Batch, Generation, ModelInfo
+from mechattr.models.checkpoint import checkpointed
 from mechattr.models.checks import check_batch
 from mechattr.models.edits import Edit, Frame
 from mechattr.models.load import dtype_of
@@ -37,6 +39,8 @@ class HookedPlain(Running):
         tokenizer: optional.
         name: what results call the model.
     """
+
+    checkpoints: ClassVar[bool] = True
 
     def __init__(
         self, config: PlainConfig, weights: Mapping[str, Tensor], *, tokenizer: Any = None, name: str = "plain"
@@ -188,11 +192,12 @@ class HookedPlain(Running):
             batch.mask[:, None, None, :] & torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
         )
         for layer in range(0 if taps.start is None else taps.start.layer, c.n_layers):
-            x = self._block(layer, x, positions, seen, taps)
+            block = partial(self._block, layer, taps)
+            x = (checkpointed(block, taps) if taps.checkpoint else block)(x, positions, seen)
         x = self._norm("ln_final.", "ln_final.", x, taps)
         return x @ w["unembed.W_U"] + w["unembed.b_U"]
 
-    def _block(self, layer: int, x: Tensor, positions: Tensor, seen: Tensor, taps: Taps) -> Tensor:
+    def _block(self, layer: int, taps: Taps, x: Tensor, positions: Tensor, seen: Tensor) -> Tensor:
         c, w, p = self.config, self._weights, f"blocks.{layer}."
         x = _tap(taps, p + "hook_resid_pre", x)
         written = self._attention(p, self._norm(p + "ln1.", p + "ln1.", x, taps), positions, seen, taps)

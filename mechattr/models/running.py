@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import ClassVar
 
 from torch import Tensor
 
+from mechattr.errors import UnsupportedFeatureError
 from mechattr.models.base import Batch, Metric, ModelInfo, Run, Start, Visit
 from mechattr.models.edits import Edit
 from mechattr.models.rules import Rules
@@ -18,6 +20,7 @@ class Running(ABC):
     """A model whose forward pass calls the taps of a run."""
 
     info: ModelInfo
+    checkpoints: ClassVar[bool] = False  # whether a block can be computed again during a backward pass
 
     @abstractmethod
     def sites(self) -> tuple[str, ...]:
@@ -42,6 +45,7 @@ class Running(ABC):
         rules: Rules | None = None,
         start: Start | None = None,
         visit: Visit | None = None,
+        checkpoint: bool = False,
     ) -> Run:
         """One forward pass and, if gradients are asked for, one backward pass.
 
@@ -54,8 +58,17 @@ class Running(ABC):
             rules: how the backward pass treats what is not linear.
             start: begin at a block with a given residual stream; the blocks below do not run.
             visit: called with (site, activation, gradient) during the backward pass, which then keeps no gradient.
+            checkpoint: keep the input of each block only, and compute a block again when the backward pass reaches it:
+                the same numbers for the memory of one block, and one more forward pass for each backward pass. Edits
+                act again, so operators must give the same value each time.
+
+        Raises:
+            UnsupportedFeatureError: `checkpoint` on a backend that cannot compute a block again; a site that did not
+                fire.
+            SettingError, UnknownSiteError, NonFiniteError: see `mechattr.models.tape`.
         """
         self._check(batch)
+        self._check_checkpoint(checkpoint)
         return execute(
             lambda taps: self._forward(batch, taps),
             self.info,
@@ -68,6 +81,7 @@ class Running(ABC):
             rules=rules,
             start=start,
             visit=visit,
+            checkpoint=checkpoint,
         )
 
     def tape(
@@ -80,9 +94,11 @@ class Running(ABC):
         edits: Sequence[Edit] = (),
         rules: Rules | None = None,
         start: Start | None = None,
+        checkpoint: bool = False,
     ) -> Tape:
         """One forward pass that keeps its graph, for any number of backward passes; arguments as in `run`."""
         self._check(batch)
+        self._check_checkpoint(checkpoint)
         return make_tape(
             lambda taps: self._forward(batch, taps),
             self.info,
@@ -94,4 +110,13 @@ class Running(ABC):
             gradients=gradients,
             rules=rules,
             start=start,
+            checkpoint=checkpoint,
         )
+
+    def _check_checkpoint(self, checkpoint: bool) -> None:
+        if checkpoint and not self.checkpoints:
+            raise UnsupportedFeatureError(
+                "checkpoint=True",
+                f"backend {self.info.backend!r} cannot compute a block again during a backward pass",
+                "leave checkpoint out, or use backend='hf' or 'plain'",
+            )

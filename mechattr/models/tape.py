@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from mechattr.artifact import Cache
 from mechattr.errors import (
@@ -22,7 +22,7 @@ from mechattr.errors import (
 from mechattr.models.base import Batch, Metric, ModelInfo, Run, Start, Visit
 from mechattr.models.edits import Edit, Frame
 from mechattr.models.rules import Rules, check_rules
-from mechattr.models.taps import Taps, plan_edits
+from mechattr.models.taps import Point, Taps, Watch, plan_edits
 from mechattr.sites import expand, parse, site_spec
 
 
@@ -40,8 +40,9 @@ class Tape:
     metric: Float[Tensor, " batch"] | None
     activations: Mapping[str, Tensor]
     _value: Tensor | None = field(repr=False)
-    _nodes: Mapping[str, Tensor] = field(repr=False)
+    _nodes: Mapping[str, Point] = field(repr=False)
     _anchor: Tensor = field(repr=False)
+    _watch: Watch = field(repr=False)
     _open: bool = field(default=True, repr=False)
 
     def pull_back(self, visit: Visit, at: Mapping[str, Tensor] | None = None, *, last: bool = False) -> None:
@@ -71,29 +72,24 @@ class Tape:
         if at is None:
             if self._value is None or not self._value.requires_grad:  # the metric does not depend on any site
                 return
-            roots, gradients = [self._value], [torch.ones_like(self._value)]
+            roots, gradients = [get_gradient_edge(self._value)], [torch.ones_like(self._value)]
         else:
-            roots, gradients = [self._nodes[name] for name in at], list(at.values())
-        handles = [x.register_hook(partial(_hand_over, visit, name, x.detach())) for name, x in self._nodes.items()]
+            roots, gradients = [self._nodes[name].edge for name in at], list(at.values())
+        self._watch.visit = visit
         try:
             torch.autograd.grad(roots, self._anchor, gradients, retain_graph=not last, allow_unused=True)
         finally:
-            for handle in handles:
-                handle.remove()
+            self._watch.visit = None
 
     def gradients(self) -> dict[str, Tensor]:
         """The gradient at every gradient site, zero where the metric does not depend on it; lets the graph go."""
         if self._value is None or not self._value.requires_grad:
-            return {name: torch.zeros_like(x) for name, x in self._nodes.items()}
+            return {name: torch.zeros_like(point.blank) for name, point in self._nodes.items()}
         self._open = False
-        ones = torch.ones_like(self._value)
-        found = torch.autograd.grad(self._value, list(self._nodes.values()), ones, allow_unused=True)
+        edges, ones = [point.edge for point in self._nodes.values()], torch.ones_like(self._value)
+        found = torch.autograd.grad(self._value, edges, ones, allow_unused=True)
         pairs = zip(self._nodes.items(), found, strict=True)
-        return {name: torch.zeros_like(x) if g is None else g for (name, x), g in pairs}
-
-
-def _hand_over(visit: Visit, name: str, activation: Tensor, gradient: Tensor) -> None:
-    visit(name, activation, gradient)
+        return {name: torch.zeros_like(point.blank) if g is None else g for (name, point), g in pairs}
 
 
 def plan(
@@ -140,8 +136,12 @@ def make_tape(
     gradients: str | Sequence[str],
     rules: Rules | None,
     start: Start | None,
+    checkpoint: bool = False,
+    visited: bool = True,
 ) -> Tape:
     """Runs `forward(taps) -> logits` once; keeps its graph if gradients are asked for.
+
+    `visited` says whether backward passes will be watched, for which activations of gradient sites are kept.
 
     Raises:
         UnknownSiteError: a site that the model does not have.
@@ -151,6 +151,7 @@ def make_tape(
         NonFiniteError: NaN or infinity at a real token, with the first site that has it.
     """
     taps = plan(info, sites, batch, record, edits, metric, gradients, rules, start)
+    taps.checkpoint, taps.watch = checkpoint and bool(taps.gradients), Watch(keeps=visited)
     with torch.enable_grad() if taps.gradients else torch.no_grad():
         logits = forward(taps)
         check_fired(taps)
@@ -161,8 +162,10 @@ def make_tape(
         if taps.gradients and value is not None and logits.requires_grad and not value.requires_grad:
             raise no_gradient()
     nodes = {name: taps.nodes[name] for name in sites if name in taps.nodes}
+    taps.nodes = {}  # a checkpointed graph holds the taps, which must not hold the graph
     detached = None if value is None else value.detach()
-    return Tape(logits.detach(), detached, taps.activations, value if taps.gradients else None, nodes, taps.anchor)
+    root = value if taps.gradients else None
+    return Tape(logits.detach(), detached, taps.activations, root, nodes, taps.anchor, taps.watch)
 
 
 def execute(
@@ -178,6 +181,7 @@ def execute(
     rules: Rules | None,
     start: Start | None,
     visit: Visit | None,
+    checkpoint: bool = False,
 ) -> Run:
     """One run: the forward pass of `make_tape` and, if gradients are asked for, one backward pass.
 
@@ -197,6 +201,8 @@ def execute(
         gradients=gradients,
         rules=rules,
         start=start,
+        checkpoint=checkpoint,
+        visited=visit is not None,
     )
     found: dict[str, Tensor] = {}
     if visit is not None:

@@ -8,16 +8,43 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from mechattr.errors import SettingError, UnknownSiteError
-from mechattr.models.base import AttentionForm, ModelInfo, Start
+from mechattr.models.base import AttentionForm, ModelInfo, Start, Visit
 from mechattr.models.edits import Edit, Frame, apply, validate
 from mechattr.models.rules import Rules
 from mechattr.sites import expand, site_spec
+
+
+@dataclass(eq=False, slots=True)
+class Watch:
+    """What happens as a backward pass reaches the sites of a run.
+
+    Attributes:
+        keeps: whether a visitor will ask for activations. They are kept as autograd keeps its own tensors, so that a
+            checkpointed run computes them again.
+        visit: the visitor of the present pass.
+    """
+
+    keeps: bool
+    visit: Visit | None = None
+
+
+class Point(NamedTuple):
+    """A gradient site in the graph of a run, without its activation.
+
+    Attributes:
+        edge: where its gradient arrives.
+        blank: zeros in its shape, without their memory.
+    """
+
+    edge: GradientEdge
+    blank: Tensor
 
 
 class _Node(torch.autograd.Function):
@@ -28,20 +55,33 @@ class _Node(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, anchor: Tensor) -> Tensor:  # noqa: ARG004 (the signature of autograd)
+    def forward(ctx: Any, x: Tensor, anchor: Tensor, name: str, watch: Watch) -> Tensor:  # noqa: ARG004 (autograd's)
+        ctx.name, ctx.watch = name, watch
+        ctx.set_materialize_grads(False)
+        if watch.keeps:
+            ctx.save_for_backward(x)
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:  # noqa: ARG004
-        return gradients[0], None
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None, None, None]:
+        (gradient,) = gradients
+        if gradient is not None and ctx.watch.visit is not None:
+            (x,) = ctx.saved_tensors
+            ctx.watch.visit(ctx.name, x.detach(), gradient)
+        return gradient, None, None, None
 
 
-_node: Callable[[Tensor, Tensor], Tensor] = _Node.apply
+_node: Callable[[Tensor, Tensor, str, Watch], Tensor] = _Node.apply
 
 
 @dataclass(eq=False)
 class Taps:
-    """The state of one run at its sites. A backend only calls it; it lives as long as the run."""
+    """The state of one run at its sites. A backend only calls it; it lives as long as the run.
+
+    Attributes:
+        checkpoint: whether blocks keep their input only and are computed again as the backward pass reaches them.
+        repeats: true while that happens: edits act again, and nothing is recorded a second time.
+    """
 
     frame: Frame
     edits: dict[str, list[Edit]] = field(default_factory=dict)
@@ -50,8 +90,11 @@ class Taps:
     anchor: Tensor = field(default_factory=lambda: torch.zeros((), requires_grad=True))
     rules: Rules = field(default_factory=Rules)
     start: Start | None = None
+    checkpoint: bool = False
+    repeats: bool = False
+    watch: Watch = field(default_factory=lambda: Watch(keeps=False))
     activations: dict[str, Tensor] = field(default_factory=dict)
-    nodes: dict[str, Tensor] = field(default_factory=dict)
+    nodes: dict[str, Point] = field(default_factory=dict)
     axes: dict[str, tuple[str, ...]] = field(default_factory=dict)
     fired: set[str] = field(default_factory=set)
     forms: dict[int, AttentionForm] = field(default_factory=dict)
@@ -74,9 +117,10 @@ class Taps:
         for edit in self.edits.get(name, ()):
             x = apply(edit, x, name, self.axes[name], self.frame)
         if name in self.gradients:
-            x = _node(x, self.anchor)
-            self.nodes[name] = x
-        if name in self.record:
+            x = _node(x, self.anchor, name, self.watch)
+            if not self.repeats:
+                self.nodes[name] = Point(get_gradient_edge(x), x.new_zeros(()).expand(x.shape))
+        if name in self.record and not self.repeats:
             self.activations[name] = x.detach()
         if name in self.held:
             x = x.detach()

@@ -64,6 +64,7 @@ def attribution_patching(
     positions: Positions | None = None,
     rules: Rules | None = None,
     source: Cache | None = None,
+    checkpoint: bool = False,
     batch_size: int | None = None,
     progress: bool | None = None,
 ) -> Attribution:
@@ -110,6 +111,8 @@ def attribution_patching(
         source: activations of $x'$ for all pairs, recorded earlier, instead of a run of those prompts. Their metric is
             then not measured: `clean_metric` or `corrupt_metric` is `None`. `"two_point"` and `"hedged"` need `embed`
             in it, too.
+        checkpoint: keep the input of each block only and compute blocks again as a backward pass reaches them: the same
+            numbers in less memory.
         batch_size: pairs at a time, 16 unless given; it halves itself when memory runs out.
         progress: `None` shows a bar on a terminal only.
 
@@ -126,12 +129,14 @@ def attribution_patching(
         NonFiniteError: the metric is NaN or infinite, or the gradient overflows in a narrow dtype.
         SettingError: a metric without a gradient, an unusable `batch_size`, `unit` for a variant that drops nothing, or
             `"graddrop"` or `"star"` on a network with a single write.
-        UnsupportedFeatureError: `"graddrop"` or `"star"` on a model whose norms act on the residual stream.
+        UnsupportedFeatureError: `"graddrop"` or `"star"` on a model whose norms act on the residual stream, or
+            `checkpoint` on a backend without it.
 
     Cost:
         2 forward passes (1 with `source`) and 1 backward pass a pair, for all nodes together, and what the table adds:
-        a drop's backward pass walks through the blocks below it only. Peak memory: the source activations of one batch
-        and the graph of one run; with the QK fix one more pattern a layer.
+        a drop's backward pass walks through the blocks below it only. With `checkpoint` as many forward passes again as
+        there are backward passes. Peak memory: the source activations of one batch and the graph of one run (with
+        `checkpoint` that of one block); with the QK fix one more pattern a layer.
 
     References:
         Nanda 2023, Attribution Patching; Kramár et al. 2024, AtP*, arXiv:2403.00745 (equations 4 to 12).
@@ -145,7 +150,7 @@ def attribution_patching(
     halving = Halving(rows_at_once(batch_size, PAIRS_AT_ONCE))
     base, other = base_and_source(task, way)
     sums = _Sums(model, shorts, places, chosen)
-    plan = plan_of(model, sums.names, variant, unit, rules)
+    plan = plan_of(model, sums.names, variant, unit, rules, checkpoint=checkpoint)
     there = source_of(model, other, task.metric, plan.source, source)
 
     def some(pairs: Sequence[int]) -> list[tuple[float, float | None]]:

@@ -46,6 +46,7 @@ def edge_attribution(
     rule: str = "midpoint",
     direction: str = "noising",
     rules: Rules | None = None,
+    checkpoint: bool = False,
     batch_size: int | None = None,
     progress: bool | None = None,
 ) -> EdgeAttribution:
@@ -74,6 +75,7 @@ def edge_attribution(
             `"left"`, which starts at $x'$ (the corrupt prompt under noising); also `"right"` and `"trapezoid"`.
         direction: `"noising"` or `"denoising"`, as in `attribution_patching`.
         rules: another backward pass, such as `Rules.relp()`; edges out of blocks that it holds score 0.
+        checkpoint: keep the input of each block only and compute blocks again as a backward pass reaches them.
         batch_size: pairs at a time; otherwise up to 16, fewer where the runs of so many would not fit 512 MB; it halves
             itself when memory runs out.
         progress: `None` shows a bar on a terminal only.
@@ -84,14 +86,16 @@ def edge_attribution(
     Raises:
         UnknownNameError: no such method, rule or direction.
         SettingError: an unusable `steps` or `batch_size`, `rules` that are none, or a metric without a gradient.
-        UnsupportedFeatureError: a model that norms what its blocks write, so that heads do not add up.
+        UnsupportedFeatureError: a model that norms what its blocks write, so that heads do not add up, or `checkpoint`
+            on a backend without it.
         AlignmentError: prompts of a pair with different lengths.
         EmptyTaskError: no pairs.
         NonFiniteError: the metric is NaN or infinite, or a gradient or an activation overflows in a narrow dtype.
 
     Cost:
         A pair: 2 forward and 1 backward pass for `"eap"`, 2 and 2 for `"clean_corrupted"`, `steps` + 2 forward (less
-        where the rule has runs at the ends) and `steps` backward passes for `"eap_ig"`. Memory besides one run's graph:
+        where the rule has runs at the ends) and `steps` backward passes for `"eap_ig"`; with `checkpoint` as many
+        forward passes again as there are backward passes. Memory besides one run's graph:
         queries, keys, values and the residual stream of each run with a gradient, working tensors of 64 MB, and for one
         pair at a time a number for each edge.
 
@@ -107,7 +111,7 @@ def edge_attribution(
     check_additive(model.info)
     places_of(task, "all")  # says if the prompts of a pair do not line up
     graph = Graph.of(model.info)
-    sums = _Sums(model, graph, path, rules)
+    sums = _Sums(model, graph, path, rules, checkpoint=checkpoint)
     halving = Halving(rows_at_once(batch_size, _fitting(model, task, len(path))))
     base, source = base_and_source(task, way)
 
@@ -123,7 +127,7 @@ def edge_attribution(
     with tqdm(total=len(task), desc="edges", disable=None if progress is None else not progress) as bar:
         seen = halving(range(len(task)), some)
     n = len(task)
-    forward = len({0.0, 1.0, *path})
+    forward = len({0.0, 1.0, *path}) + (len(path) if checkpoint else 0)
     settings = settings_of(
         task,
         method="edge_attribution",
@@ -179,8 +183,11 @@ def _completeness(seen: Sequence[tuple[float, float, float]]) -> dict[str, float
 class _Sums:
     """The sums over pairs of every edge's score; a batch counts once it is finished, so that it can be repeated."""
 
-    def __init__(self, model: HookedModel, graph: Graph, path: dict[float, float], rules: Rules | None) -> None:
+    def __init__(
+        self, model: HookedModel, graph: Graph, path: dict[float, float], rules: Rules | None, *, checkpoint: bool
+    ) -> None:
         self.model, self.graph, self.path, self.rules = model, graph, path, rules
+        self.checkpoint = checkpoint
         self.tiles = tiles_of(model, graph)
         kind = torch.promote_types(model.weight("embed.W_E").dtype, torch.float32)
         device = model.weight("embed.W_E").device
@@ -229,7 +236,13 @@ class _Sums:
         inputs = [tile.reads for tile in self.tiles if tile.norm is not None]
         sites = [part.site for tile in self.tiles for part in tile.projections]
         return self.model.tape(
-            batch, metric=task.metric, gradients=sites, record=[*record, *inputs], edits=edits, rules=self.rules
+            batch,
+            metric=task.metric,
+            gradients=sites,
+            record=[*record, *inputs],
+            edits=edits,
+            rules=self.rules,
+            checkpoint=self.checkpoint,
         )
 
 

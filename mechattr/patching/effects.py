@@ -37,12 +37,14 @@ class Plan:
         drops: GradDrop's backward passes.
         alphas: how far the token embeddings move towards the source prompt's, for a run each whose gradients are taken.
         rules: the backward rule of all passes.
+        checkpoint: whether blocks are computed again instead of kept.
     """
 
     keys: tuple[Key, ...]
     drops: tuple[Drop, ...] = ()
     alphas: tuple[float, ...] = ()
     rules: Rules | None = None
+    checkpoint: bool = False
 
     @classmethod
     def of(cls, names: Sequence[str], *, fixes: Sequence[bool], **more: Any) -> Plan:
@@ -92,17 +94,26 @@ class Plan:
         """Forward and backward passes of a pair, without the source run's; a pass over some blocks counts in part."""
         layers = max((drop.layer for drop in self.drops), default=0) + 1
         runs = 1.0 + len(self.alphas)
-        return runs, runs + sum(drop.blocks for drop in self.drops) / layers
+        backward = runs + sum(drop.blocks for drop in self.drops) / layers
+        return runs + (backward if self.checkpoint else 0.0), backward
 
 
-def plan_of(model: HookedModel, names: Sequence[str], variant: str, unit: str, rules: Rules | None = None) -> Plan:
+def plan_of(
+    model: HookedModel,
+    names: Sequence[str],
+    variant: str,
+    unit: str,
+    rules: Rules | None = None,
+    *,
+    checkpoint: bool = False,
+) -> Plan:
     """The passes of one variant.
 
     Raises:
         UnknownNameError, SettingError, UnsupportedFeatureError: as `variant_of`.
     """
     chosen, drops, _ = variant_of(model.info, model.sites(), variant, unit)
-    return Plan.of(names, fixes=(chosen.fix,), drops=drops, alphas=chosen.alphas, rules=rules)
+    return Plan.of(names, fixes=(chosen.fix,), drops=drops, alphas=chosen.alphas, rules=rules, checkpoint=checkpoint)
 
 
 class Effects:
@@ -196,7 +207,8 @@ class Effects:
             self.dropped[key] = total[key].add_(effect.abs(), alpha=reaches.count("full")).div_(live)
 
     def _tape(self, metric: Metric, gradients: Iterable[str], **more: Any) -> Tape:
-        return self.model.tape(self.batch, metric=metric, gradients=tuple(gradients), rules=self.plan.rules, **more)
+        more |= {"rules": self.plan.rules, "checkpoint": self.plan.checkpoint}
+        return self.model.tape(self.batch, metric=metric, gradients=tuple(gradients), **more)
 
     def _towards(self, alpha: float) -> Callable[[Tensor, object], Tensor]:
         assert self.embedding is not None

@@ -146,7 +146,7 @@ def saved(model: HookedHF, batch: Batch) -> int:
         return logits[:, -1].log_softmax(-1)[:, 7]
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model.run(batch, gradients=("q", "k", "v", "z", "mlp_post"), metric=metric, visit=lambda *_: None)
+        model.run(batch, gradients=("q", "k", "v", "z", "mlp_post"), metric=metric)
     return sum(storage.nbytes() for storage in kept.values())
 
 
