@@ -23,7 +23,7 @@ largest relative deviation that was found; 0 is equality of every bit. transform
 | check | what is compared |
 |---|---|
 | logits | without taps, with the model's own call: eager attention, and sdpa where the family has it |
-| recording | each site recorded or overwritten by itself, with nothing tapped; sums in another order may differ by 1e-5 |
+| recording | each site recorded or overwritten by itself, with no tap; sums in another order may differ by 1e-5 |
 | gradients | at every site, gradient · direction with a finite difference of patching there; limit 1e-2 |
 | padding | rows of a padded batch with the same rows alone: activations, gradients, logits; limit 1e-5 |
 | restart | a run from a cached residual stream with the whole run |
