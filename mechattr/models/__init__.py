@@ -7,6 +7,7 @@ from mechattr.models.discovery import discover
 from mechattr.models.edits import Edit
 from mechattr.models.families import Family
 from mechattr.models.hf import HookedHF
+from mechattr.models.lens_cache import from_transformer_lens_cache, to_transformer_lens_cache
 from mechattr.models.load import load
 from mechattr.models.operators import Ablate, Add, Mean, Place, Resample, Scale, Set, Zero
 from mechattr.models.plain import HookedPlain, plain_copy, plain_model
@@ -37,8 +38,10 @@ __all__ = [
     "Zero",
     "check_belongs",
     "discover",
+    "from_transformer_lens_cache",
     "load",
     "plain_copy",
     "plain_model",
     "record",
+    "to_transformer_lens_cache",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,8 +60,14 @@ class Anatomy:
 PARTS = ("ln1", "attn", "o", "attn_out", "ln2", "gate", "up", "act", "down", "mlp_out", "q", "k", "v", "qkv")
 
 
-def locate(model: Any, family: Family, n_heads: int, n_kv_heads: int) -> Anatomy:
-    """Finds the modules of a family row.
+def locate(
+    model: Any,
+    family: Family,
+    n_heads: int,
+    n_kv_heads: int,
+    bare: Callable[[nn.Module], nn.Module] = lambda module: module,
+) -> Anatomy:
+    """Finds the modules of a family row; `bare` takes a wrapper off a module, where a tool wraps each of them.
 
     Raises:
         UnsupportedModelError: a module of the row is missing.
@@ -71,15 +78,17 @@ def locate(model: Any, family: Family, n_heads: int, n_kv_heads: int) -> Anatomy
     def find(root: nn.Module, path: str | None) -> nn.Module | None:
         if path is None:
             return None
-        try:
-            return root.get_submodule(path)
-        except AttributeError:
-            missing.append(path)
-            return None
+        for name in path.split("."):
+            child = getattr(bare(root), name, None)
+            if not isinstance(child, nn.Module):
+                missing.append(path)
+                return None
+            root = child
+        return bare(root)
 
     base = find(base, family.language) or base
     blocks = find(base, family.layers)
-    block_list = tuple(blocks.children()) if blocks is not None else ()
+    block_list = tuple(map(bare, blocks.children())) if blocks is not None else ()
     parts = tuple(
         {name: m for name in PARTS if (m := find(block, getattr(family, name))) is not None} for block in block_list
     )

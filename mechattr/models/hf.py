@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -23,7 +22,7 @@ from mechattr.models.edits import Edit, Frame
 from mechattr.models.families import Family, full_sites, text_config
 from mechattr.models.hf_hooks import tapping
 from mechattr.models.norms import Norm
-from mechattr.models.running import Running
+from mechattr.models.running import Running, Turns
 from mechattr.models.selfcheck import selfcheck
 from mechattr.models.taps import Taps, plan_edits, supported
 from mechattr.sites import expand, site_spec
@@ -65,7 +64,7 @@ class HookedHF(Running):
         self.processor = tokenizer if hasattr(tokenizer, "image_processor") else None
         self.model, self.tokenizer = model, tokenizer if self.processor is None else self.processor.tokenizer
         self._weight_hash = weights.Hasher()
-        self._lock, self._thread = threading.Lock(), -1
+        self._turns = Turns()
         self._forms: dict[int, AttentionForm] | None = None
         self._check_state()  # dropout would make what discovery and the self-check compare meaningless
         family, mapping = row_of(model, family)
@@ -229,20 +228,12 @@ class HookedHF(Running):
 
     @contextmanager
     def _tapping(self, batch: Batch, taps: Taps, only: int | None = None) -> Iterator[None]:
-        """One run at a time: hooks are on the modules, where a run of another thread, or one inside an edit, would meet
-        them. With `only`, that block is computed again during a backward pass."""
-        here = threading.get_ident()
-        if self._thread == here:
-            raise ModelStateError("a run inside a run", "an edit runs the model that it edits", "record beforehand")
+        """With `only`, that block is computed again during a backward pass."""
         padded = batch.padded and self.model.dtype == torch.float64
         again = partial(self._tapping, batch, taps)
         hooks = tapping(self._anatomy, taps, self.config, again, only=only, padded_float64=padded)
-        with self._lock, vision.unchanged(self.model), hooks:
-            self._thread = here
-            try:
-                yield
-            finally:
-                self._thread = -1
+        with self._turns(), vision.unchanged(self.model), hooks:
+            yield
 
     def _pad_id(self) -> int:
         ids = (getattr(self.tokenizer, n, None) for n in ("pad_token_id", "eos_token_id"))

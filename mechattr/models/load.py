@@ -58,10 +58,12 @@ def load(
     """A hooked model.
 
     Args:
-        source: `"tiny"` (the bundled model), a folder, a hub name, a loaded transformers model, or a hooked model.
+        source: `"tiny"` (the bundled model), a folder, a hub name, a loaded transformers model, a hooked model, or a
+            `TransformerBridge`.
         tokenizer: a tokenizer object, a folder or a name, or the processor object of a vision-language model; by
             default what is beside the weights.
-        backend: `"hf"`, or `"plain"` for a copy of a GPT-2 or Llama in plain torch.
+        backend: `"hf"`; `"plain"` for a copy of a GPT-2 or Llama in plain torch; `"transformer_lens"` for a bridge, or
+            for a copy of a transformers model behind one.
         device: where to put the weights; by default the CPU, or where a loaded model is.
         dtype: by default that of the checkpoint, and `"float64"` for `backend="plain"`.
         attention: implementation for names and folders; a loaded model keeps its own.
@@ -77,13 +79,22 @@ def load(
     """
     if backend not in BACKENDS:
         raise UnknownNameError(f"backend {backend!r}", "no such backend", nearest(backend, BACKENDS))
-    if backend in ("nnsight", "transformer_lens"):
+    if backend == "nnsight":
         raise BackendError(
             f"backend {backend!r}", "this version runs transformers models directly", "use backend='hf' or 'plain'"
         )
+    if backend == "transformer_lens" and hasattr(source, "original_model"):
+        from mechattr.models.lens import HookedLens
+
+        _no_settings(device=device, dtype=dtype, family=family)
+        return HookedLens(source, tokenizer, revision=revision)
     wanted = None if dtype is None else dtype_of(dtype)
     if backend == "hf":
         return _hooked(source, tokenizer, device, wanted, attention, revision, family)
+    if backend == "transformer_lens":
+        from mechattr.models.lens_boot import lens_model
+
+        return lens_model(_hooked(source, tokenizer, device, wanted, attention, revision, family), source)
     from mechattr.models.plain import plain_copy
 
     return plain_copy(_hooked(source, tokenizer, device, None, attention, revision, family), wanted or torch.float64)
@@ -103,6 +114,9 @@ def _hooked(
         return source
     from mechattr.models.hf import HookedHF
 
+    if hasattr(source, "original_model"):
+        fix = "use backend='transformer_lens'"
+        raise SettingError(f"a {type(source).__name__} on this backend", "TransformerLens has rewritten the model", fix)
     if isinstance(source, torch.nn.Module):
         _no_settings(device=device, dtype=dtype)
         found = _tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer

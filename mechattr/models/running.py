@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import ClassVar
 
 from torch import Tensor
 
-from mechattr.errors import UnsupportedFeatureError
+from mechattr.errors import ModelStateError, UnsupportedFeatureError
 from mechattr.models.base import Batch, Metric, ModelInfo, Run, Start, Visit
 from mechattr.models.edits import Edit
 from mechattr.models.rules import Rules
@@ -120,3 +122,23 @@ class Running(ABC):
                 f"backend {self.info.backend!r} cannot compute a block again during a backward pass",
                 "leave checkpoint out, or use backend='hf' or 'plain'",
             )
+
+
+class Turns:
+    """One run at a time: hooks are on the modules, where a run of another thread, or one inside an edit, would meet
+    them."""
+
+    def __init__(self) -> None:
+        self._lock, self._thread = threading.Lock(), -1
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        here = threading.get_ident()
+        if self._thread == here:
+            raise ModelStateError("a run inside a run", "an edit runs the model that it edits", "record beforehand")
+        with self._lock:
+            self._thread = here
+            try:
+                yield
+            finally:
+                self._thread = -1

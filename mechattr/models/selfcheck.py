@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from mechattr.errors import SelfCheckError, UnsupportedModelError
-from mechattr.models.base import Batch
+from mechattr.models.base import Batch, ModelInfo
 from mechattr.models.edits import Edit, Frame
 from mechattr.models.operators import Set
 from mechattr.models.taps import Taps
@@ -44,10 +44,7 @@ def selfcheck(model: HookedHF) -> None:
             f"{', '.join(silent[:5])} never fired",
             "report the model's config: the family table does not describe it",
         )
-    sizes = {
-        "batch": 1, "pos": 4, "query": 4, "key": 4, "head": model.info.n_heads, "kv_head": model.info.n_kv_heads,
-        "d_head": model.info.d_head, "d_model": model.info.d_model, "neuron": model.info.d_mlp,
-    }  # fmt: skip
+    sizes = axis_sizes(model.info, 4)
     for name, x in fired.items():
         wanted = tuple(sizes[axis] for axis in site_spec(name).axes)
         if tuple(x.shape) != wanted:
@@ -61,6 +58,14 @@ def selfcheck(model: HookedHF) -> None:
         raise SelfCheckError("the attention pattern", "rows that are no probabilities", "report the model's config")
     _check_sums(model, fired)
     _check_causes(model, batch, patterns)
+
+
+def axis_sizes(info: ModelInfo, columns: int) -> dict[str, int]:
+    """The length of every axis of a site in a run of one row."""
+    return {
+        "batch": 1, "pos": columns, "query": columns, "key": columns, "head": info.n_heads, "kv_head": info.n_kv_heads,
+        "d_head": info.d_head, "d_model": info.d_model, "neuron": info.d_mlp,
+    }  # fmt: skip
 
 
 def _fire(model: HookedHF, batch: Batch) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""What every row of `mechattr.METHODS` is held to, on plain and transformers models."""
+"""What every row of `mechattr.METHODS` is held to, on plain and transformers models and on other backends."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import families
 import pytest
 import torch
+from backends import backend_model
 from contract_cases import CASES, Case, Heads, assert_equal, call, combined, renamed, tables, tolerance
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -24,8 +25,10 @@ from mechattr.models.plain import HookedPlain, plain_model
 from mechattr.models.plain_config import PlainConfig
 
 MODELS = ("gpt2_like", "llama_like", "gpt2", "llama")
+ELSEWHERE = ("lens-gpt2",)  # other backends; what they need more than these is in tests of their own
 PLAIN_AND_FAMILIES = ("gpt2_like", "llama_like", *families.FAMILIES)
-KINDS = pytest.mark.parametrize("kind", MODELS)
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ELSEWHERE]  # slow: what `test_backends_agree` implies
+KINDS = pytest.mark.parametrize("kind", [*MODELS, *SLOW])
 EVERY = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
@@ -37,6 +40,8 @@ def some(**chosen: bool) -> Any:
 
 @cache
 def model_of(kind: str) -> Any:
+    if "-" in kind:
+        return backend_model(kind)
     return plain(kind) if kind in PLAIN else hf(kind)
 
 
@@ -56,7 +61,7 @@ def state(model: Any, task: Any) -> tuple[Any, ...]:
                 len(m._forward_pre_hooks),
                 len(m._backward_hooks),
                 m.training,
-                sorted(m.__dict__),
+                sorted(name for name in m.__dict__ if not name.startswith("_fired_")),  # notes of TransformerLens
             )
             for name, m in model.model.named_modules()
         )
@@ -168,6 +173,17 @@ def test_padding_on_either_side_changes_nothing(case: Case, kind: str, positions
         padded = call(case, model, repadded(task, side), **settings)
         close = tolerance(model, task, padded)
         assert_equal({name: tables(padded)[name] for name in expected}, expected, close)
+
+
+@pytest.mark.parametrize("kind", ELSEWHERE)
+@EVERY
+def test_backends_agree(case: Case, kind: str) -> None:
+    model, other = families.hooked(kind.partition("-")[2]), model_of(kind)
+    task = pairs_task(other)
+    before = copy.deepcopy(state(other, task))
+    found, expected = call(case, other, task), call(case, model, pairs_task(model))
+    assert state(other, task) == before
+    assert_equal(tables(found), tables(expected), tolerance(other, task, found))
 
 
 @some(refuses=True)
