@@ -43,7 +43,8 @@ def live_sites(model: HookedLens) -> tuple[str, ...]:
         _, taps, logits = _probe(model, sites)
     generator = torch.Generator().manual_seed(0)
     total = (logits * torch.randn(logits.shape, generator=generator).to(logits)).sum()
-    found = torch.autograd.grad(total, list(taps.nodes.values()), allow_unused=True)
+    edges = [point.edge for point in taps.nodes.values()]
+    found = torch.autograd.grad(total, edges, allow_unused=True)
     acting = {name for name, gradient in zip(taps.nodes, found, strict=True) if gradient is not None}
     sizes = axis_sizes(model.info, 4)
     for name in acting:
