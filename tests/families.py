@@ -2,21 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 
 import torch
 import transformers as tf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from torch.nn import functional as F
 
 from mechattr.models import Batch, HookedHF
+from mechattr.models.families import FAMILIES as ROWS
 from mechattr.models.families import small_configs
 from mechattr.models.small import small_model
 
 FAMILIES = tuple(small_configs())
+ENCODERS = tuple(name for name, config in small_configs().items() if ROWS[config.model_type].encoder)
+DECODERS = tuple(name for name in FAMILIES if name not in ENCODERS)
+# transformers has no sdpa for Gemma-2, whose scores have a softcap, nor for some whose attention is their own
+ATTENTIONS = tuple(
+    (name, attention)
+    for name in FAMILIES
+    for attention in ("eager", "sdpa")
+    if attention == "eager" or name not in ("gemma2", "gptj", "codegen", "gpt_neo", "bloom")
+)
+_ACTIVATIONS = {
+    "silu": F.silu, "gelu": F.gelu, "relu": F.relu,
+    **dict.fromkeys(("gelu_new", "gelu_pytorch_tanh"), lambda x: F.gelu(x, approximate="tanh")),
+}  # fmt: skip
+# One of each shape of block and of attention, for what works on sites alone and takes long
+SHAPES = (
+    *("gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "olmo2", "opt"),
+    *("gpt_neox", "gpt_neox_sequential", "phi", "falcon_groups", "bloom", "bert", "modernbert"),
+)
 configs = small_configs
 model = small_model
+
+
+def activation(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The activation function of a small model's MLP, as its config names it (BLOOM's does not)."""
+    fields = ("hidden_act", "hidden_activation", "activation_function", "activation")
+    config = small_configs()[name].get_text_config()
+    named = (getattr(config, field, None) for field in fields)
+    return _ACTIVATIONS[next((found for found in named if found), "gelu_new")]
 
 
 def tokens(batch: int = 3, length: int = 7, seed: int = 1) -> torch.Tensor:

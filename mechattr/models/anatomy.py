@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from mechattr.errors import UnknownNameError, UnsupportedFeatureError, UnsupportedModelError, nearest
-from mechattr.models.families import Family, text_config
+from mechattr.models.families.family import PARTS, Family, text_config
 from mechattr.models.norms import Norm, is_norm, norm_of
 
 
@@ -20,10 +20,11 @@ class Anatomy:
     Attributes:
         base: the model without its head; of a vision-language model, the language model inside.
         blocks: the blocks.
-        parts: for each block, the modules of its family row by field name.
+        parts: for each block, the modules of its family row by field name; a norm that is the identity is left out.
         ends: `embed`, `pos_embed` and `final`.
         norms: every norm module, for the rule that freezes them.
         configured: the modules that hold the model's config object, from which attention takes its implementation.
+        logit_scale: factor of the logits, which the weights of the unembedding include.
     """
 
     base: nn.Module
@@ -35,6 +36,7 @@ class Anatomy:
     configured: tuple[nn.Module, ...]
     n_heads: int
     n_kv_heads: int
+    logit_scale: float = 1.0
 
     def norm(self, name: str) -> Norm | None:
         """The norm through which attention (`"blocks.0.ln1"`), the MLP (`"blocks.0.ln2"`) or the unembedding
@@ -50,14 +52,13 @@ class Anatomy:
             )
         names: dict[str, nn.Module | None] = {"ln_final": self.ends.get("final")}
         for layer, parts in enumerate(self.parts):
-            names |= {f"blocks.{layer}.{ln}": parts.get(ln) for ln in ("ln1", "ln2")}
+            first = parts.get("ln1")
+            names[f"blocks.{layer}.ln1"] = first
+            names[f"blocks.{layer}.ln2"] = parts.get("ln2", first if self.family.parallel else None)
         if name not in names:
             raise UnknownNameError(f"norm {name!r}", "this model has no such norm", nearest(name, names))
         module = names[name]
         return None if module is None else norm_of(module)
-
-
-PARTS = ("ln1", "attn", "o", "attn_out", "ln2", "gate", "up", "act", "down", "mlp_out", "q", "k", "v", "qkv")
 
 
 def locate(
@@ -90,7 +91,12 @@ def locate(
     blocks = find(base, family.layers)
     block_list = tuple(map(bare, blocks.children())) if blocks is not None else ()
     parts = tuple(
-        {name: m for name in PARTS if (m := find(block, getattr(family, name))) is not None} for block in block_list
+        {
+            name: m
+            for name in PARTS
+            if (m := find(block, getattr(family, name))) is not None and not isinstance(m, nn.Identity)
+        }
+        for block in block_list
     )
     ends = {name: m for name in ("embed", "pos_embed", "final") if (m := find(base, getattr(family, name))) is not None}
     if missing or not block_list:
@@ -111,4 +117,5 @@ def locate(
         tuple(m for m in model.modules() if m.__dict__.get("config") is config),
         n_heads,
         n_kv_heads,
+        float(getattr(config, "logit_scale", None) or 1.0),
     )

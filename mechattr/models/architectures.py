@@ -22,6 +22,32 @@ VERIFIED = {
 }
 TESTED_TRANSFORMERS = "5.23.0"
 
+_STATE_SPACE = (
+    "its blocks, or some of them, are recurrent: a state space in place of attention over earlier positions",
+    "use a transformer; sites of attention (q, k, v, pattern, z) do not exist there",
+)
+# Families that no row can describe: what was found, and what to do.
+REFUSED: dict[str, tuple[str, str]] = {
+    **dict.fromkeys(
+        ("mamba", "mamba2", "falcon_mamba", "rwkv", "recurrent_gemma", "jamba", "bamba", "zamba", "zamba2", "xlstm",
+         "falcon_h1", "granitemoehybrid", "nemotron_h", "qwen3_next", "lfm2"),
+        _STATE_SPACE,
+    ),
+    "albert": ("all its layers are one block, so that a site cannot tell them apart", "use bert or roberta"),
+    "mpt": ("its attention does not go through transformers' interface", "use bloom or falcon, which have ALiBi too"),
+}  # fmt: skip
+
+
+def check_known(name: str) -> None:
+    """Whether a family may be supported.
+
+    Raises:
+        UnsupportedModelError: no row can describe it.
+    """
+    if name in REFUSED:
+        found, fix = REFUSED[name]
+        raise UnsupportedModelError(f"a hooked model of family {name!r}", found, fix)
+
 
 def family_of(config: Any) -> tuple[str, Family]:
     """The table row of a transformers config, after the options that no row can describe were checked.
@@ -43,6 +69,8 @@ def family_of(config: Any) -> tuple[str, Family]:
         "is_decoder": "a decoder made of an encoder family" if FAMILIES[name].encoder else "",
         "add_cross_attention": "cross-attention has no sites yet",
         "_remove_final_layer_norm": "a model without its final norm",
+        "apply_residual_connection_post_layernorm": "its residual stream is what norms return",
+        "slow_but_exact": "it does not call the output projections as modules",
     }
     for option, reason in refused.items():
         if reason and getattr(config, option, False):
@@ -53,7 +81,11 @@ def family_of(config: Any) -> tuple[str, Family]:
         raise UnsupportedModelError(
             "a hooked opt model", "norms after the blocks, or projected embeddings (OPT-350m)", "use another OPT size"
         )
-    return name, FAMILIES[name]
+    if name == "electra" and config.embedding_size != config.hidden_size:
+        raise UnsupportedModelError(
+            "a hooked electra model", "projected embeddings", "use a size with embedding_size equal to hidden_size"
+        )
+    return name, FAMILIES[name].of(config)
 
 
 def _language_model(name: str, config: Any) -> Family:
@@ -73,14 +105,14 @@ def table() -> list[dict[str, Any]]:
     """
     rows = []
     for name, family in FAMILIES.items():
-        sites = short_sites(family, parallel=name == "gpt_neox")
+        sites = short_sites(family)
         checks = [check for check in VERIFIED if not (family.encoder and check == "generation")]
         rows.append(
             {
                 "family": name,
                 "kind": "encoder" if family.encoder else "decoder",
                 "norm": family.norm.replace("_plus_one", ""),
-                "positions": "rotary" if family.rotary else "learned",
+                "positions": "alibi" if family.alibi else "rotary" if family.rotary else "learned",
                 "sites": len(sites),
                 "absent": ", ".join(s for s in SITES if s not in sites) or "none",
                 "verified": f"{', '.join(checks)} (transformers {TESTED_TRANSFORMERS})",

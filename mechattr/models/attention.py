@@ -67,6 +67,20 @@ class AttentionTap:
         sinks = None if s_aux is None else s_aux.detach().flatten()
         self.taps.forms[int(self.prefix.split(".")[1])] = AttentionForm(scale, softcap, sinks)
 
+    def enter(self, query: Tensor, key: Tensor, value: Tensor, **form: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Taps what comes into attention; a rule's factors act on what flows back from here."""
+        if self.plain_qk:
+            query, key = self.heads("q", query), self.heads("k", key)
+        query, key, value = self.heads("rot_q", query), self.heads("rot_k", key), self.heads("v", value)
+        self.note(query.shape[-1], **form)
+        rules = self.taps.rules
+        return scaled(query, rules.qk_factor), scaled(key, rules.qk_factor), scaled(value, rules.v_factor)
+
+    def pattern(self, scores: Tensor, softmax: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Tensor:
+        """From scores to pattern, with both tapped."""
+        scores = self.whole("attn_scores", scores)
+        return self.whole("pattern", attend(scores, lambda x: softmax(x).to(dtype), self.taps.rules))
+
     @property
     def inside(self) -> bool:
         """Whether scores or pattern are wanted, or a rule between them, which no fused kernel shows."""
@@ -89,14 +103,7 @@ def _tapped(implementation: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     ) -> tuple[Tensor, Tensor | None]:
         tap: AttentionTap | None = module.__dict__.get(ATTRIBUTE)
         if tap is not None:
-            if tap.plain_qk:
-                query, key = tap.heads("q", query), tap.heads("k", key)
-            query, key, value = tap.heads("rot_q", query), tap.heads("rot_k", key), tap.heads("v", value)
-            tap.note(query.shape[-1], **kwargs)
-            rules = tap.taps.rules
-            query, key, value = (
-                scaled(x, f) for x, f in ((query, rules.qk_factor), (key, rules.qk_factor), (value, rules.v_factor))
-            )
+            query, key, value = tap.enter(query, key, value, **kwargs)
             if tap.inside:
                 return _explicit(tap, query, key, value, attention_mask, **kwargs)
         return _native(module, implementation)(module, query, key, value, attention_mask, **kwargs)

@@ -33,9 +33,10 @@ class ModelInfo:
 
     `norm` is `"layer"`, `"rms"` or `"none"`; `parallel` says that attention and MLP read the same residual stream,
     `post_norm` that norms act on the stream after each addition (BERT), `write_norm` that a norm acts on what attention
-    and MLP write before it is added (Gemma-2), `gated` that the MLP has a linear second input. `image_token` is the id
-    that stands for an image's places in the text, `None` without a vision tower. `mapping` says where the places of the
-    sites were taken from: `"table"`, `"discovered"` or `"given"`.
+    and MLP write before it is added (Gemma-2), `gated` that the MLP has a linear second input, `bounded` that there are
+    no positions beyond `n_ctx` (by default, where they are no rotations). `image_token` is the id that stands for an
+    image's places in the text, `None` without a vision tower. `mapping` says where the places of the sites were taken
+    from: `"table"`, `"discovered"` or `"given"`.
     """
 
     name: str
@@ -57,6 +58,7 @@ class ModelInfo:
     rotary: bool = False
     gated: bool = False
     image_token: int | None = None
+    bounded: bool | None = None
     dtype: str = "float32"
     revision: str | None = None
     mapping: str = "table"

@@ -65,7 +65,8 @@ def check_room(info: ModelInfo, tokens: int) -> None:
     Raises:
         SettingError: it has not.
     """
-    if not info.rotary and tokens > info.n_ctx:
+    bounded = not info.rotary if info.bounded is None else info.bounded
+    if bounded and tokens > info.n_ctx:
         raise SettingError(
             f"a prompt of {tokens} tokens", f"the model has {info.n_ctx} positions", "use shorter prompts"
         )

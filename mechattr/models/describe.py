@@ -43,16 +43,23 @@ def describe(
         d_head=weights.w_o(parts["o"], anatomy.n_heads).shape[1],
         d_mlp=weights.matrix(parts["down"]).shape[0],
         d_vocab=c.vocab_size,
-        n_ctx=c.max_position_embeddings,
+        n_ctx=_positions(c) - family.position_offset,
         norm="rms" if family.norm.startswith("rms") else "layer",
-        parallel=bool(getattr(c, "use_parallel_residual", False)) and c.model_type == "gpt_neox",
+        parallel=family.parallel,
         post_norm=family.post_norm,
         write_norm=not family.post_norm and is_norm(parts["attn_out"]),
         encoder=family.encoder,
         rotary=family.rotary,
         gated="up" in parts or family.fused == "blocks",
         image_token=None if family.language is None else whole.image_token_id,
+        bounded=family.bounded,
         dtype=str(model.dtype).removeprefix("torch."),
         revision=revision,
         mapping=mapping,
     )
+
+
+def _positions(config: Any) -> int:
+    """How many positions a model has or, with ALiBi, was trained with."""
+    found = (getattr(config, name, None) for name in ("max_position_embeddings", "seq_length"))
+    return int(next((n for n in found if n), 2048))

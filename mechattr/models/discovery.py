@@ -10,18 +10,16 @@ from __future__ import annotations
 import copy
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mechattr.errors import SettingError, UnsupportedModelError
-from mechattr.models.architectures import family_of
+from mechattr.models.architectures import check_known, family_of
 from mechattr.models.attention import ATTRIBUTE, name_of
 from mechattr.models.families import FAMILIES, Family
 from mechattr.models.norms import is_norm
-from mechattr.models.rules import Rules
 
 TOKENS = 5
 CLOSE = 1e-4  # of the largest entry: sums in another order, in float32; ten times more in bfloat16
@@ -50,17 +48,14 @@ class _Attention:
     values: dict[str, Tensor] = field(default_factory=dict)
     at: int = 0
     heads_of_q: int = 0
-    plain_qk: bool = False
     inside: bool = False
-    taps: Any = field(default_factory=lambda: SimpleNamespace(rules=Rules()))
 
-    def heads(self, short: str, x: Tensor) -> Tensor:
-        self.values[short], self.at = x.transpose(1, 2).flatten(2).detach(), len(self.calls)
-        self.heads_of_q = x.shape[1] if short == "rot_q" else self.heads_of_q
-        return x
-
-    def note(self, *_: Any, **__: Any) -> None:
-        """A run asks for the form of attention; this does not."""
+    def enter(self, query: Tensor, key: Tensor, value: Tensor, **_: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Keeps them."""
+        handed = {"rot_q": query, "rot_k": key, "v": value}
+        self.values = {short: x.transpose(1, 2).flatten(2).detach() for short, x in handed.items()}
+        self.at, self.heads_of_q = len(self.calls), query.shape[1]
+        return query, key, value
 
 
 def row_of(model: Any, family: Family | None = None) -> tuple[Family, str]:
@@ -71,12 +66,13 @@ def row_of(model: Any, family: Family | None = None) -> tuple[Family, str]:
         SettingError: `family` is no `Family`.
     """
     if family is None:
+        check_known(model.config.model_type)
         known = model.config.model_type in FAMILIES
         return (family_of(model.config)[1], "table") if known else (discover(model), "discovered")
     if not isinstance(family, Family):
         fix = "give ma.models.Family(layers=..., attn=..., ...), or leave it out"
         raise SettingError(f"family={family!r:.80}", f"a {type(family).__name__}", fix)
-    return family, "given"
+    return family.of(model.config), "given"
 
 
 def discover(model: Any) -> Family:

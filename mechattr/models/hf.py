@@ -70,9 +70,10 @@ class HookedHF(Running):
         family, mapping = row_of(model, family)
         self.config = c = text_config(model.config, family)
         n_heads = c.num_attention_heads
-        self._anatomy = locate(model, family, n_heads, getattr(c, "num_key_value_heads", None) or n_heads)
+        n_kv_heads = family.kv_heads or getattr(c, "num_key_value_heads", None) or n_heads
+        self._anatomy = locate(model, family, n_heads, n_kv_heads)
         self.info = describe(model, self._anatomy, backend="hf", name=name, revision=revision, mapping=mapping)
-        self._sites = full_sites(family, parallel=self.info.parallel, n_layers=self.info.n_layers)
+        self._sites = full_sites(family, self._anatomy.parts)
         if model.get_output_embeddings() is None:
             raise UnsupportedModelError(
                 f"a hooked {type(model).__name__}", "it has no language-model head", "load the ...ForCausalLM class"
@@ -167,7 +168,7 @@ class HookedHF(Running):
             logits: Tensor = self.model(
                 input_ids=batch.tokens,
                 attention_mask=batch.mask.long() if batch.padded else None,
-                position_ids=vision.positions_of(self.model, batch),
+                position_ids=vision.positions_of(self.model, batch, self._anatomy.family.position_offset),
                 **arguments,
             ).logits
         return logits

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from mechattr.errors import UnsupportedFeatureError
+from mechattr.models import fused
+from mechattr.models.adapters import ADAPTERS
 from mechattr.models.anatomy import Anatomy
 from mechattr.models.attention import ATTRIBUTE, NATIVE, AttentionTap, name_of
 from mechattr.models.checkpoint import checkpointed
@@ -45,7 +47,7 @@ def tapping(
         installer = _Installer(anatomy, taps, stack)
         masked = padded_float64 and anatomy.family.softmax_float32 and config._attn_implementation == "eager"
         if (installer.install() if only is None else installer.install_again(only)) or masked:
-            installer.switch_attention(config)
+            installer.switch_attention(config, masked)
         if taps.checkpoint and only is None:
             for layer in range(0 if taps.start is None else taps.start.layer, len(anatomy.blocks)):
                 installer.checkpoint(layer, partial(again, layer))
@@ -129,9 +131,12 @@ class _Installer:
         if not taps.wants_any([f"{p}attn.hook_{short}" for short in inside]) and not taps.rules.in_attention:
             return False
         family = self.anatomy.family
-        self.attribute(
-            parts["attn"], ATTRIBUTE, AttentionTap(taps, p + "attn.hook_", family.plain_qk, family.softmax_float32)
-        )
+        tap = AttentionTap(taps, p + "attn.hook_", family.plain_qk, family.softmax_float32)
+        if family.adapter is None:
+            self.attribute(parts["attn"], ATTRIBUTE, tap)
+        else:
+            method, attention = ADAPTERS[family.adapter]
+            self.attribute(parts["attn"], method, partial(attention, parts["attn"], tap))
         return True
 
     def projections(self, layer: int) -> None:
@@ -147,13 +152,9 @@ class _Installer:
                 self.on_output(parts[short], lambda _m, _a, x, name=p + short: self.per_head(name, x))
 
     def fused_qk(self, p: str, x: Tensor) -> Tensor:
-        heads, kv_heads = self.anatomy.n_heads, self.anatomy.n_kv_heads
-        if self.anatomy.family.fused == "interleaved":
-            q, k, v = x.unflatten(-1, (heads, 3, -1)).unbind(-2)
-            return torch.stack([self.tap(p + "q", q), self.tap(p + "k", k), v], -2).flatten(-3)
-        d_head = x.shape[-1] // (heads + 2 * kv_heads)
-        q, k, v = x.split([heads * d_head, kv_heads * d_head, kv_heads * d_head], -1)
-        return torch.cat([self.per_head(p + "q", q), self.per_head(p + "k", k), v], -1)
+        layout = self.anatomy.family.fused or ""
+        q, k, v = fused.split(x, layout, self.anatomy.n_heads, self.anatomy.n_kv_heads)
+        return fused.join(self.tap(p + "q", q), self.tap(p + "k", k), v, layout)
 
     def attention_write(self, layer: int) -> None:
         """attn_out, and resid_mid = resid_pre + attn_out: an edit of resid_mid is fed back as a change of attn_out, so
@@ -199,6 +200,8 @@ class _Installer:
             self.on_input(parts["down"], lambda x: self.tap(p + "mlp.hook_post", x))
         if taps.wants(p + "hook_mlp_out"):
             self.on_output(parts["mlp_out"], lambda _m, _a, x: self.tap(p + "hook_mlp_out", x))
+            if self.anatomy.family.adds_in_place:  # what the tap keeps is not to be written to
+                self.on_output(parts["mlp_out"], lambda _m, _a, x: x.clone())
 
     def norm(self, module: nn.Module, p: str) -> None:
         """Scale and output of a norm. With E the norm at a given scale, an edited scale s enters as E(x, s) - E(x, s0):
@@ -288,11 +291,14 @@ class _Installer:
 
     def skip(self, block: nn.Module) -> None:
         """Makes a block hand its input through, for runs that start above it."""
-        self.attribute(block, "forward", lambda hidden_states, *_args, **_kwargs: hidden_states)
+        several = self.anatomy.family.returns_tuple
+        self.attribute(
+            block, "forward", lambda hidden_states, *_, **__: (hidden_states, None) if several else hidden_states
+        )
 
-    def switch_attention(self, config: Any) -> None:
+    def switch_attention(self, config: Any, masked: bool) -> None:
         """Gives this model's modules a copy of the config that names the tap; the config object itself may be shared
-        with other models and is not touched."""
+        with other models and is not touched. Where an adapter is the tap, the mask alone may call for that."""
         native = config._attn_implementation
         wanted = any(name.endswith(("attn_scores", "hook_pattern")) for name in self.taps.names)
         inside = wanted or self.taps.rules.in_softmax
@@ -302,6 +308,8 @@ class _Installer:
                 f"the model runs {native!r} attention",
                 "load it with attention='eager' or 'sdpa', or ask for sites outside attention",
             )
+        if self.anatomy.family.adapter is not None and not masked:
+            return
         tapped = copy.copy(config)
         tapped._attn_implementation = name_of("eager" if inside else native)
         for module in self.anatomy.configured:

@@ -68,7 +68,7 @@ class HookedLens(Running):
         self._turns, self._weight_hash = Turns(), weights.Hasher()
         self.info = describe(self.model, self._anatomy, backend="transformer_lens", name=name, revision=revision)
         self._check_state()
-        named = full_sites(family, parallel=self.info.parallel, n_layers=self.info.n_layers)
+        named = full_sites(family, self._anatomy.parts)
         self._sites = tuple(name for name in named if not refused(name, family))
         self._sites = live_sites(self)
         selfcheck(self)

@@ -37,11 +37,15 @@ class Norm:
         return y if self.bias is None else y + self.bias
 
 
+# LayerNorms that are classes of their own
+LAYER_NORMS = ("CohereLayerNorm", "Cohere2LayerNorm")
+
+
 def norm_of(module: nn.Module) -> Norm:
     """A norm module as a function of its own: detached from the module, with the module's present weights."""
     bias: Tensor | None = getattr(module, "bias", None)
     return Norm(
-        isinstance(module, nn.LayerNorm),
+        _is_centred(module),
         norm_weight(module).detach(),
         None if bias is None else bias.detach(),
         _eps(module),
@@ -50,7 +54,11 @@ def norm_of(module: nn.Module) -> Norm:
 
 def is_norm(module: nn.Module) -> bool:
     """Whether a module is a LayerNorm or one of the families' RMSNorms."""
-    return isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("RMSNorm")
+    return _is_centred(module) or type(module).__name__.endswith("RMSNorm")
+
+
+def _is_centred(module: nn.Module) -> bool:
+    return isinstance(module, nn.LayerNorm) or type(module).__name__ in LAYER_NORMS
 
 
 def _eps(module: nn.Module) -> float:
@@ -59,7 +67,7 @@ def _eps(module: nn.Module) -> float:
 
 def _centred(module: nn.Module, x: Tensor) -> Tensor:
     x = x if x.dtype == torch.float64 else x.float()
-    return x - x.mean(-1, keepdim=True) if isinstance(module, nn.LayerNorm) else x
+    return x - x.mean(-1, keepdim=True) if _is_centred(module) else x
 
 
 def norm_weight(module: Any) -> Float[Tensor, " d_model"]:

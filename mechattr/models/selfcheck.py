@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,15 +21,16 @@ ATTENTION = ("rot_q", "rot_k", "v", "attn_scores", "pattern")
 
 
 def selfcheck(model: HookedHF) -> None:
-    """Two forward passes over four tokens.
+    """Two forward passes over four tokens; a third where an adapter does the family's attention.
 
     Raises:
         UnsupportedModelError: attention does not go through the tap.
-        SelfCheckError: a site does not fire, has another shape, or overwriting the pattern does not act.
+        SelfCheckError: a site does not fire, has another shape, or overwriting the pattern does not act; or attention
+            with taps in it is not the model's own.
     """
     ids = torch.arange(4, device=model.model.device)[None] % model.info.d_vocab
     batch = Batch.of(ids)
-    fired = _fire(model, batch)
+    fired = _fire(model, batch, model.sites())
     silent = [name for name in model.sites() if name not in fired]
     untapped = [name for name in silent if parse(name)[0] in ATTENTION]
     if untapped:
@@ -57,6 +58,8 @@ def selfcheck(model: HookedHF) -> None:
     if any(bool((x.sum(-1) > 1 + 1e-2).any()) or bool((x < 0).any()) for x in patterns.values()):
         raise SelfCheckError("the attention pattern", "rows that are no probabilities", "report the model's config")
     _check_sums(model, fired)
+    if model._anatomy.family.adapter is not None:
+        _check_adapter(model, batch, fired)
     _check_causes(model, batch, patterns)
 
 
@@ -68,8 +71,8 @@ def axis_sizes(info: ModelInfo, columns: int) -> dict[str, int]:
     }  # fmt: skip
 
 
-def _fire(model: HookedHF, batch: Batch) -> dict[str, torch.Tensor]:
-    taps = Taps(frame=Frame(batch.lengths, batch.positions, batch.positions), record=frozenset(model.sites()))
+def _fire(model: HookedHF, batch: Batch, sites: Sequence[str]) -> dict[str, torch.Tensor]:
+    taps = Taps(frame=Frame(batch.lengths, batch.positions, batch.positions), record=frozenset(sites))
     with torch.no_grad():
         model._forward(batch, taps)
     return taps.activations
@@ -88,6 +91,18 @@ def _check_sums(model: HookedHF, fired: Mapping[str, torch.Tensor]) -> None:
                 "resid_pre + attn_out + mlp_out is not resid_post",
                 "name the modules whose outputs are added to the stream: a post-norm, or a projection",
             )
+
+
+def _check_adapter(model: HookedHF, batch: Batch, fired: Mapping[str, torch.Tensor]) -> None:
+    """Attention that is done once more, with taps in it, must be what the model does without."""
+    last = full_name("resid_post", model.info.n_layers - 1)
+    own = _fire(model, batch, [last])[last].float()
+    if bool(((fired[last].float() - own).abs() > 2e-2 * own.abs().max() + 1e-6).any()):  # bfloat16 has 8 bits
+        raise SelfCheckError(
+            f"the attention of {type(model.model).__name__}",
+            "with taps in it, it gives another residual stream than without",
+            "use transformers' own class of this family, in a release that was tested (see mechattr models)",
+        )
 
 
 def _check_causes(model: HookedHF, batch: Batch, patterns: Mapping[str, torch.Tensor]) -> None:

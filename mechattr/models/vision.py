@@ -43,10 +43,10 @@ def image_arguments(model: Any, batch: Batch, *, features: bool = True) -> dict[
     return given
 
 
-def positions_of(model: Any, batch: Batch) -> Tensor | None:
-    """Position ids of a run; `None` where the model makes them of time, height and width of its images."""
+def positions_of(model: Any, batch: Batch, first: int) -> Tensor | None:
+    """Position ids of a run, from `first` on; `None` where the model makes them of time, height and width of images."""
     own = batch.image is not None and hasattr(model.base_model, "get_rope_index")
-    return None if own else batch.positions.clamp(min=0)
+    return None if own else batch.positions.clamp(min=0) + first
 
 
 @contextmanager

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mechattr.errors import UnknownNameError, nearest
+from mechattr.models import fused
 from mechattr.models.norms import norm_weight
 
 if TYPE_CHECKING:
@@ -80,13 +81,12 @@ def _end(name: str, anatomy: Anatomy, head: Any) -> Tensor | None:
         return table if scale is None else table * scale.to(table.dtype)
     if name == "pos_embed.W_pos" and "pos_embed" in ends:
         positions: Any = ends["pos_embed"]
-        return positions.weight[getattr(positions, "offset", 0) :]
+        return positions.weight[getattr(positions, "offset", anatomy.family.position_offset) :]
     if name in ("ln_final.w", "ln_final.b") and "final" in ends:
         return _norm(ends["final"], name[-1])
-    if name == "unembed.W_U" and head is not None:
-        return matrix(head)
-    if name == "unembed.b_U" and head is not None:
-        return _bias(head)
+    if name in ("unembed.W_U", "unembed.b_U") and head is not None:
+        whole = matrix(head) if name == "unembed.W_U" else _bias(head)
+        return whole if anatomy.logit_scale == 1.0 else whole * anatomy.logit_scale
     return None
 
 
@@ -116,20 +116,17 @@ def _projection(parts: dict[str, nn.Module], which: str, kind: str, anatomy: Ana
     scaling = getattr(parts["attn"], "scaling", None) if type(parts["attn"]).__name__ == "OPTAttention" else None
     if which in parts:  # OPT scales its queries before attention, so its W_Q does
         return whole * scaling if scaling is not None and which == "q" else whole
-    i, heads, kv_heads = "qkv".index(which), anatomy.n_heads, anatomy.n_kv_heads
-    if anatomy.family.fused == "interleaved":
-        return whole.unflatten(-1, (heads, 3, -1)).select(-2, i).flatten(-2)
-    d_head = whole.shape[-1] // (heads + 2 * kv_heads)
-    return whole.split([heads * d_head, kv_heads * d_head, kv_heads * d_head], -1)[i]
+    parted = fused.split(whole, anatomy.family.fused or "", anatomy.n_heads, anatomy.n_kv_heads)
+    return parted["qkv".index(which)].flatten(-2)
 
 
-def _mlp(parts: dict[str, nn.Module], short: str, fused: bool) -> Tensor | None:
+def _mlp(parts: dict[str, nn.Module], short: str, joined: bool) -> Tensor | None:
     """In a gated MLP `W_gate` enters the activation and `W_in` is the linear input; otherwise `W_in` enters it."""
     if short == "W_out":
         return matrix(parts["down"])
     if short == "b_out":
         return _bias(parts["down"])
-    if fused and short[2:] in ("gate", "in"):
+    if joined and short[2:] in ("gate", "in"):
         whole = matrix(parts["gate"]) if short[0] == "W" else _bias(parts["gate"])
         return whole.chunk(2, -1)[("gate", "in").index(short[2:])]
     if short in ("W_gate", "b_gate") and "up" in parts:

@@ -26,7 +26,7 @@ from mechattr.models.plain_config import PlainConfig
 
 MODELS = ("gpt2_like", "llama_like", "gpt2", "llama")
 ELSEWHERE = ("lens-gpt2",)  # other backends; what they need more than these is in tests of their own
-PLAIN_AND_FAMILIES = ("gpt2_like", "llama_like", *families.FAMILIES)
+PLAIN_AND_FAMILIES = ("gpt2_like", "llama_like", *families.SHAPES)
 SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ELSEWHERE]  # slow: what `test_backends_agree` implies
 KINDS = pytest.mark.parametrize("kind", [*MODELS, *SLOW])
 EVERY = pytest.mark.parametrize("case", CASES.values(), ids=CASES)

@@ -92,7 +92,8 @@ def test_only_encoders_do_not_generate() -> None:
     rows = {row["family"]: row["verified"] for row in table()}
     assert rows["llama"] == f"{', '.join(VERIFIED)} (transformers {TESTED_TRANSFORMERS})"
     silent = {name for name, text in rows.items() if "generation" not in text}
-    assert silent == {name for name, family in FAMILIES.items() if family.encoder} == {"bert"}
+    assert silent == {name for name, family in FAMILIES.items() if family.encoder}
+    assert silent == {"bert", "electra", "roberta", "xlm-roberta", "distilbert", "modernbert"}
 
 
 def test_the_release_is_the_one_that_the_tests_are_pinned_to(root: Path) -> None:

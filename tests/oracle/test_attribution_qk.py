@@ -218,9 +218,12 @@ def test_it_is_what_the_model_does_at_z(kind: str, positions: str) -> None:
 
 
 @pytest.mark.parametrize("side", ("right", "left"))
-@pytest.mark.parametrize("family", ("gpt2", "llama", "mistral", "qwen3", "gemma2", "gpt_neox", "bert", "opt"))
+@pytest.mark.parametrize(
+    "family",
+    ("gpt2", "llama", "mistral", "qwen3", "gemma2", "gpt_neox", "bert", "opt", "bloom", "falcon_alibi", "gpt_neo"),
+)
 def test_it_is_what_transformers_models_do_at_z(family: str, side: str) -> None:
-    """Softcap, sliding windows, grouped queries, query norms, padding: whatever the family's attention does."""
+    """Softcap, sliding windows, grouped queries, query norms, ALiBi, padding: whatever the family's attention does."""
     model = hf(family)
     task = pairs_task(model, (5, 7))
     for positions in ("named", "all"):

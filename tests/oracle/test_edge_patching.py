@@ -93,7 +93,7 @@ def test_edges_of_one_writer_add_up_to_its_node_only_where_the_network_is_linear
     assert (signed.nansum(1)[Graph.of(model.info).writer_index("a0.h0")] - whole).abs() > 1e-6
 
 
-@pytest.mark.parametrize("family", ["gpt2", "qwen3", "gpt_neox", "phi3"])
+@pytest.mark.parametrize("family", ["gpt2", "qwen3", "gpt_neox", "phi3", "phi", "falcon_groups"])
 def test_families(family: str) -> None:
     """One edge ablated in a run, and one edge patched: two ways to the same number."""
     model = hf(family)

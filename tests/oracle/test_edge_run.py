@@ -107,7 +107,10 @@ def test_all_edges_and_none(kind: str, direction: str) -> None:
     assert (base - other).abs().min() > 1e-3  # or the two could not be told apart
 
 
-@pytest.mark.parametrize("family", ["gpt2", "qwen3", "gpt_neox", "gpt_neox_sequential", "phi3", "opt"])
+@pytest.mark.parametrize(
+    "family",
+    ["gpt2", "qwen3", "gpt_neox", "gpt_neox_sequential", "phi3", "opt", "phi", "cohere2", "bloom", "modernbert"],
+)
 def test_families(family: str) -> None:
     model = hf(family)
     task = pairs_task(model, LENGTHS)

@@ -101,7 +101,10 @@ def node_scores(model: Any, task: Task, graph: Graph, rules: Rules | None = None
     return torch.tensor(found, dtype=torch.float64)
 
 
-FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "gpt_neox", "gpt_neox_sequential", "phi3", "opt")
+FAMILIES = (
+    *("gpt2", "llama", "mistral", "qwen2", "qwen3", "gpt_neox", "gpt_neox_sequential", "phi3", "opt"),
+    *("phi", "cohere2", "stablelm_parallel", "gptj", "falcon", "falcon_groups", "bloom", "modernbert"),
+)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import families
 import pytest
 import torch
-from torch.nn import functional as F
 
 from mechattr.errors import SettingError, UnknownNameError
 from mechattr.models import Add, Batch, Edit, HookedHF, PlainConfig, Rules, plain_copy, plain_model
@@ -121,13 +120,6 @@ def attention_by_hand(model, x, layer):
     return {which.lower(): torch.einsum("bpm,hmd->bphd", x, w[which]) + b[which] for which in "QKV"}
 
 
-ACTIVATION = {
-    "gpt2": lambda x: F.gelu(x, approximate="tanh"), "gpt_neox": F.gelu, "opt": F.gelu, "bert": F.gelu,
-    "gpt_neox_sequential": F.gelu, "gemma2": lambda x: F.gelu(x, approximate="tanh"),
-    "gemma3": lambda x: F.gelu(x, approximate="tanh"),
-}  # fmt: skip
-
-
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_named_weights_reproduce_the_parts_of_a_block(family):
     model, batch, p = families.hooked(family), Batch.of(families.tokens()), "blocks.1."
@@ -141,14 +133,14 @@ def test_named_weights_reproduce_the_parts_of_a_block(family):
     if family not in ("gemma2", "gemma3", "olmo2"):  # a norm follows
         close(result.sum(2) + model.weight(p + "attn.b_O"), seen[p + "hook_attn_out"], 1e-5)
     middle = p + "ln2.hook_out"
-    if model.info.post_norm:
+    if model.info.post_norm or (model.info.parallel and middle not in seen):  # one norm that attention and MLP share
         middle = p + "ln1.hook_out"
     elif middle not in seen:
         middle = p + "hook_resid_mid"
     pre = seen[middle] @ model.weight(p + ("mlp.W_gate" if model.info.gated else "mlp.W_in"))
     pre = pre + model.weight(p + ("mlp.b_gate" if model.info.gated else "mlp.b_in"))
     close(pre, seen[p + "mlp.hook_pre"], 1e-5)
-    post = ACTIVATION.get(family, F.silu)(pre)
+    post = families.activation(family)(pre)
     if model.info.gated:
         linear = seen[middle] @ model.weight(p + "mlp.W_in") + model.weight(p + "mlp.b_in")
         close(linear, seen[p + "mlp.hook_pre_linear"], 1e-5)

@@ -74,11 +74,6 @@ def _gelu(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-ACTIVATION = {"gpt2": _gelu, "gemma2": _gelu, "gemma3": _gelu} | dict.fromkeys(
-    ["gpt_neox", "gpt_neox_sequential", "opt", "bert"], F.gelu
-)
-
-
 def assert_site_by_site(model, family: str, ran: Rules, said: Rules) -> None:
     """The gradient at each site follows by `said` from that at the next one, in a run under `ran`."""
     batch = Batch.of(families.tokens(2, 6))
@@ -89,7 +84,7 @@ def assert_site_by_site(model, family: str, ran: Rules, said: Rules) -> None:
             for c in (run.activations, run.gradients)
         )
         z = x["mlp_pre"].clone().requires_grad_(True)
-        a = ACTIVATION.get(family, F.silu)(z)
+        a = families.activation(family)(z)
         (slope,) = torch.autograd.grad(a.sum(), z)
         slope, a = (a.detach() / z.detach() if said.activation == "secant" else slope), a.detach()
         share = 0.5 if said.gate == "half" and model.info.gated else 1.0

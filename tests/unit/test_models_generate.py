@@ -10,7 +10,7 @@ from mechattr.errors import SettingError
 from mechattr.models import Add, Batch, Edit, PlainConfig, Scale, Set, Zero, plain_model
 from mechattr.sites import SITES
 
-DECODERS = tuple(family for family in families.FAMILIES if family != "bert")
+DECODERS = families.DECODERS
 STEPS = 6
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import families
 import pytest
 import torch
@@ -25,6 +27,8 @@ def assert_norms(model, tolerance: float, *, swapped: bool = False) -> None:
     mask = families.ragged("left").mask
     for name, source in norm_inputs(model).items():
         norm, x = model.norm(name), None
+        if model.info.parallel and name.endswith("ln2") and f"{name}.hook_out" not in seen:
+            name = name.replace("ln2", "ln1")  # one norm that attention and MLP share
         if f"{name}.hook_out" not in seen:
             assert norm is None, name
             continue
@@ -38,10 +42,10 @@ def assert_norms(model, tolerance: float, *, swapped: bool = False) -> None:
         torch.testing.assert_close(norm(x), y.to(x), rtol=0, atol=tolerance * float(y.abs().max()))
 
 
-DECODERS = [family for family in families.FAMILIES if family != "bert"]
+NORMED = [f for f in families.FAMILIES if f == "modernbert" or f not in families.ENCODERS]  # the others are post-norm
 
 
-@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize("family", NORMED)
 def test_norms_are_what_the_modules_compute(family):
     model = families.hooked(family)
     assert_norms(model, 1e-5)  # float32
@@ -80,17 +84,28 @@ def test_families_whose_writes_go_through_a_norm():
     assert not plain_model(PlainConfig()).info.write_norm
 
 
-def assert_attention(model, tolerance: float, **wrong: float) -> None:
-    """softmax(softcap(q.k s) + mask), with the sink if there is one, is the recorded pattern."""
+def position_bias(model, keys: int) -> torch.Tensor:
+    """ALiBi, [head, 1, key]: slopes 2^(-8 h / heads) times the key's position, as the paper has it. Falcon scales it as
+    it scales q.k, and its eager attention adds it twice."""
+    if model.info.family not in ("bloom", "falcon") or model.info.rotary:
+        return torch.zeros(())
+    slopes = 2.0 ** (-8 / model.info.n_heads * torch.arange(1, model.info.n_heads + 1))
+    bias = slopes[:, None, None] * torch.arange(keys)
+    return bias if model.info.family == "bloom" else 2 * bias / model.info.d_head**0.5
+
+
+def assert_attention(model, tolerance: float, **wrong: Any) -> None:
+    """softmax(softcap(q.k s) + ALiBi + mask), with the sink if there is one, is the recorded pattern."""
     batch = Batch.of(families.tokens())
-    seen = model.run(batch, record=("rot_q", "rot_k", "attn_scores", "pattern")).activations
+    seen = model.run(batch, record=("q", "k", "rot_q", "rot_k", "attn_scores", "pattern")).activations
     for layer in range(model.info.n_layers):
         form = model.attention(layer)
-        q, k = seen["rot_q", layer].values, seen["rot_k", layer].values
+        q, k = (seen[wrong.get("sites", "rot_") + short, layer].values for short in "qk")
         k = k.repeat_interleave(q.shape[2] // k.shape[2], 2)
         scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * wrong.get("scaling", form.scaling)
         cap = wrong.get("softcap", form.softcap)
         scores = scores if cap is None else cap * torch.tanh(scores / cap)
+        scores = scores + wrong.get("alibi", 1.0) * position_bias(model, q.shape[1])
         recorded, pattern = seen["attn_scores", layer].values, seen["pattern", layer].values
         masked = recorded < -1e30
         close = {"rtol": 0, "atol": tolerance * float(recorded[~masked].abs().max())}
@@ -105,7 +120,9 @@ def test_attention_forms_reproduce_the_pattern(family):
     model = families.hooked(family)
     assert_attention(model, 1e-5)  # float32
     wrong = {"scaling": 1.1 * model.attention(0).scaling}
-    for control in (wrong, *([{"softcap": 300.0}] if family == "gemma2" else [])):
+    special = {"gemma2": {"softcap": 300.0}, "bloom": {"alibi": 0.0}, "falcon_alibi": {"alibi": 0.5}}.get(family)
+    rotated = {"sites": ""} if model.info.rotary else None  # q and k before their rotation
+    for control in filter(None, (wrong, special, rotated)):
         with pytest.raises(AssertionError):
             assert_attention(model, 1e-5, **control)
 

@@ -5,10 +5,14 @@ Paths are relative to the base model (`layers`, `embed`, `pos_embed`, `final`) o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mechattr.sites import SITES
+
+# The fields that are modules of a block.
+PARTS = ("ln1", "attn", "o", "attn_out", "ln2", "gate", "up", "act", "down", "mlp_out", "q", "k", "v", "qkv")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +27,8 @@ class Family:
         attn: the module that calls the attention function.
         o: the output projection of attention.
         attn_out: the module whose output is added to the residual stream (a post-norm where there is one).
-        ln2: norm before the MLP (after it in a post-norm encoder).
+        ln2: norm before the MLP (after it in a post-norm encoder). In a parallel block without one, attention and MLP
+            share `ln1`.
         gate: the module whose output enters the activation function, `mlp_pre`.
         up: the linear second input of a gated MLP, `mlp_pre_linear`.
         act: the MLP's activation function.
@@ -32,9 +37,17 @@ class Family:
         final: the last norm.
         q, k, v: the projections, `None` where they are one fused module `qkv`.
         qkv: a fused projection.
-        fused: how it is split: `"thirds"` (q | k | v in equal columns), `"interleaved"` (q, k, v head by head) or
-            `"blocks"` (q | k | v, where q has more heads; the MLP's gate and up are one module as well).
+        fused: how it is split, see `mechattr.models.fused`; with `"blocks"` the MLP's gate and up are one module as
+            well.
+        kv_heads: key and value heads, where they are not the config's `num_key_value_heads`.
         rotary: positions are rotations of q and k.
+        alibi: positions are a bias of the scores that falls with distance.
+        position_table: rotations come from a table of `n_ctx` positions, where others compute them for any.
+        position_offset: the number of the first position.
+        parallel: attention and MLP of a block read the same residual stream.
+        adapter: name in `mechattr.models.adapters`, for attention that does not go through transformers' interface.
+        returns_tuple: a block returns a tuple that begins with the residual stream.
+        adds_in_place: a block adds to its MLP's output in place.
         norm: `"layer"`, `"rms"` or `"rms_plus_one"` (the weight is stored minus one).
         softmax_float32: eager attention takes its softmax in float32.
         encoder, post_norm: see `ModelInfo`.
@@ -42,6 +55,7 @@ class Family:
         language: where in a vision-language model the language model is, whose sites these are; `embed` is then what
             it receives, image features among the token embeddings, and paths are relative to it.
         text: the family of that language model; by default the model type of the config's text part.
+        variant: what of the row depends on the config: config -> fields that replace those of the row.
     """
 
     layers: str = "layers"
@@ -63,7 +77,15 @@ class Family:
     v: str | None = "self_attn.v_proj"
     qkv: str | None = None
     fused: str | None = None
+    kv_heads: int | None = None
     rotary: bool = True
+    alibi: bool = False
+    position_table: bool = False
+    position_offset: int = 0
+    parallel: bool = False
+    adapter: str | None = None
+    returns_tuple: bool = False
+    adds_in_place: bool = False
     norm: str = "rms"
     softmax_float32: bool = True
     encoder: bool = False
@@ -71,11 +93,26 @@ class Family:
     auto: str = "AutoModelForCausalLM"
     language: str | None = None
     text: str | None = None
+    variant: Callable[[Any], Mapping[str, Any]] | None = None
+
+    def of(self, config: Any) -> Family:
+        """The row as it is for one config."""
+        return self if self.variant is None else replace(self, **self.variant(config))
 
     @property
     def plain_qk(self) -> bool:
         """Whether q and k enter attention as they were projected: neither rotary embedding nor norm."""
         return not self.rotary
+
+    @property
+    def bounded(self) -> bool:
+        """Whether positions run out at `n_ctx`."""
+        return self.position_table or not (self.rotary or self.alibi)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The names of the modules of a block."""
+        return tuple(name for name in PARTS if getattr(self, name) is not None)
 
 
 def text_config(config: Any, family: Family) -> Any:
@@ -83,26 +120,32 @@ def text_config(config: Any, family: Family) -> Any:
     return config if family.language is None else config.text_config
 
 
-def short_sites(family: Family, *, parallel: bool) -> tuple[str, ...]:
-    """The short names of the sites that a family has."""
+def short_sites(family: Family, parts: Collection[str] | None = None) -> tuple[str, ...]:
+    """The short names of the sites that a family has, or a block of it with these parts."""
+    parts = family.parts if parts is None else parts
     absent = {
         "pos_embed": family.pos_embed is None,
-        "resid_mid": parallel or family.post_norm,
-        "ln1": family.ln1 is None,
-        "ln1_scale": family.ln1 is None,
-        "ln2": family.ln2 is None,
-        "ln2_scale": family.ln2 is None,
-        "mlp_pre_linear": family.up is None and family.fused != "blocks",
+        "resid_mid": family.parallel or family.post_norm,
+        "ln1": "ln1" not in parts,
+        "ln1_scale": "ln1" not in parts,
+        "ln2": "ln2" not in parts,
+        "ln2_scale": "ln2" not in parts,
+        "mlp_pre_linear": "up" not in parts and family.fused != "blocks",
         "ln_final": family.final is None,
         "ln_final_scale": family.final is None,
     }
     return tuple(short for short in SITES if not absent.get(short, False))
 
 
-def full_sites(family: Family, *, parallel: bool, n_layers: int) -> tuple[str, ...]:
-    """The full names in the order of the forward pass."""
-    specs = [SITES[short] for short in short_sites(family, parallel=parallel)]
-    before = [s.template for s in specs if not s.layered and "embed" in s.short]
-    after = [s.template for s in specs if not s.layered and "embed" not in s.short]
-    inside = [s.template.format(l=layer) for layer in range(n_layers) for s in specs if s.layered]
+def full_sites(family: Family, blocks: Sequence[Collection[str]]) -> tuple[str, ...]:
+    """The full names in the order of the forward pass; `blocks` has the parts of each block."""
+    ends = [SITES[short] for short in short_sites(family) if not SITES[short].layered]
+    before = [spec.template for spec in ends if "embed" in spec.short]
+    after = [spec.template for spec in ends if "embed" not in spec.short]
+    inside = [
+        SITES[short].template.format(l=layer)
+        for layer, parts in enumerate(blocks)
+        for short in short_sites(family, parts)
+        if SITES[short].layered
+    ]
     return (*before, *inside, *after)
