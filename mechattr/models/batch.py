@@ -11,7 +11,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from mechattr.errors import SettingError
-from mechattr.models.images import RowImages, check_images, equal, moved, spans_of
+from mechattr.models.images import RowImages, check_images, digest, equal, moved, spans_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,6 +114,14 @@ class Batch:
             changed = [not equal(x, y) for x, y in zip(self.images, other.images, strict=True)]
             found |= (self.image | other.image) & torch.tensor(changed, device=self.device)[:, None]
         return found & self.mask
+
+    @property
+    def content(self) -> Int[Tensor, "*dims"]:
+        """What a hash of the batch is taken of: its tokens and, where there are images, 32 bytes for those of a row."""
+        if not self.images:
+            return self.tokens
+        digests = torch.frombuffer(bytearray(b"".join(digest(row) for row in self.images)), dtype=torch.long)
+        return torch.cat([self.tokens.flatten(), digests.to(self.device)])
 
     def columns(self, position: int) -> Int[Tensor, " batch"]:
         """The column of a position in every row.

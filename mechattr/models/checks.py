@@ -6,6 +6,7 @@ import torch
 
 from mechattr.errors import SettingError, UnsupportedFeatureError
 from mechattr.models.base import Batch, ModelInfo
+from mechattr.models.images import marked
 
 
 def check_batch(batch: Batch, info: ModelInfo, device: torch.device) -> None:
@@ -39,12 +40,12 @@ def check_batch(batch: Batch, info: ModelInfo, device: torch.device) -> None:
 def _check_image_tokens(batch: Batch, info: ModelInfo) -> None:
     if info.image_token is None:
         if batch.image is not None:
-            found = f"{info.name!r} is a model of text, without a vision tower"
-            raise UnsupportedFeatureError("a batch with images", found, "load a vision-language model")
+            found = f"{info.name!r} has no vision tower, or its backend ({info.backend}) does not read images"
+            fix = "load a vision-language model with backend='hf'"
+            raise UnsupportedFeatureError("a batch with images", found, fix)
         return
-    standing = batch.tokens == info.image_token
-    marked = torch.zeros_like(standing) if batch.image is None else batch.image
-    if torch.equal(standing, marked):
+    standing = marked(batch.tokens, info.image_token)
+    if torch.equal(standing, torch.zeros_like(standing) if batch.image is None else batch.image):
         return
     if batch.image is None:
         raise SettingError(

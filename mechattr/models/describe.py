@@ -51,7 +51,7 @@ def describe(
         encoder=family.encoder,
         rotary=family.rotary,
         gated="up" in parts or family.fused == "blocks",
-        image_token=None if family.language is None else whole.image_token_id,
+        image_token=whole.image_token_id if family.language and backend == "hf" else None,  # others read no images
         bounded=family.bounded,
         dtype=str(model.dtype).removeprefix("torch."),
         revision=revision,

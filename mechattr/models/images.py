@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from mechattr.errors import SettingError
@@ -24,9 +24,7 @@ def check_images(images: Sequence[RowImages], image: Tensor | None, mask: Tensor
         return
     if len(images) != len(mask):
         found = f"{len(mask)} rows and the images of {len(images)}"
-        raise SettingError(
-            "a batch with images", found, "give one mapping a row, an empty one for a row without images"
-        )
+        raise SettingError("a batch with images", found, "give one mapping a row, an empty one where there is no image")
     bad = next((x for row in images for x in row.values() if not isinstance(x, Tensor) or not x.ndim), None)
     if bad is not None:
         fix = "give the processor's tensors of each row (return_tensors='pt')"
@@ -41,21 +39,22 @@ def check_images(images: Sequence[RowImages], image: Tensor | None, mask: Tensor
         raise SettingError("a batch with images", found, fix)
     if bool((image & ~mask).any()):
         raise SettingError("a batch with images", "image tokens in the padding", "pad with another token")
-    for row, (given, marked) in enumerate(zip(images, image.any(1).tolist(), strict=True)):
-        if bool(given) != marked:
-            found = (
-                f"row {row} has image tokens and no image" if marked else f"row {row} has an image and no image token"
-            )
-            raise SettingError(
-                "a batch with images", found, "give each row its images, and a place for them in its text"
-            )
+    for row, (given, there) in enumerate(zip(images, image.any(1).tolist(), strict=True)):
+        if bool(given) != there:
+            found = f"row {row} has " + ("image tokens and no image" if there else "an image and no image token")
+            raise SettingError("a batch with images", found, "give each row its images, and a place for them")
+
+
+def marked(tokens: Int[Tensor, "*dims"], token: int | None) -> Bool[Tensor, "*dims"]:
+    """Where the image token of a model stands."""
+    return torch.zeros_like(tokens, dtype=torch.bool) if token is None else tokens.eq(token)
 
 
 def spans_of(image: Bool[Tensor, "batch pos"], mask: Bool[Tensor, "batch pos"]) -> tuple[list[tuple[int, int]], ...]:
     """For each row, the runs of image tokens as (first position, one past the last)."""
     rows = []
-    for marked, real in zip(image.cpu(), mask.cpu(), strict=True):
-        edges = torch.nn.functional.pad(marked[real].int(), (1, 1)).diff()
+    for shown, real in zip(image.cpu(), mask.cpu(), strict=True):
+        edges = torch.nn.functional.pad(shown[real].int(), (1, 1)).diff()
         starts, ends = (edges == 1).nonzero()[:, 0].tolist(), (edges == -1).nonzero()[:, 0].tolist()
         rows.append(list(zip(starts, ends, strict=True)))
     return tuple(rows)
@@ -78,12 +77,10 @@ def equal(one: RowImages, other: RowImages) -> bool:
     return one is other or (one.keys() == other.keys() and all(torch.equal(x, other[name]) for name, x in one.items()))
 
 
-def digest(row: RowImages) -> str:
-    """sha256 of the images of a row; empty without images."""
-    if not row:
-        return ""
+def digest(row: RowImages) -> bytes:
+    """sha256 of the images of a row."""
     sha = hashlib.sha256()
     for name, x in sorted(row.items()):
         sha.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
         sha.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return sha.hexdigest()
+    return sha.digest()

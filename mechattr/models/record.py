@@ -34,7 +34,7 @@ def record(model: HookedModel, batch: Batch, sites: str | Sequence[str]) -> Cach
     return Cache(
         activations.tensors,
         settings={"sites": list(activations), "rows": len(batch)},
-        provenance=provenance({**asdict(model.info), **model.fingerprint()}, tokens=batch.tokens),
+        provenance=provenance({**asdict(model.info), **model.fingerprint()}, tokens=batch.content),
     )
 
 

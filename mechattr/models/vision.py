@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mechattr.errors import SettingError, UnsupportedFeatureError
 from mechattr.models.base import Batch, ModelInfo
-from mechattr.models.images import RowImages, joined
+from mechattr.models.images import RowImages, joined, marked
 from mechattr.models.tokenize import checked_texts, encode, pad, wants_special
 
 _OF_TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
@@ -109,7 +109,7 @@ def tokenize_images(
     """
     asked = "tokenizing text with images"
     if info.image_token is None:
-        found = f"{info.name!r} is a model of text, without a vision tower"
+        found = f"{info.name!r} has no vision tower"
         raise UnsupportedFeatureError(asked, found, "load a vision-language model, or leave images out")
     if processor is None:
         fix = "load it with tokenizer=processor, or use Batch.of(tokens, mask, images=..., image=...)"
@@ -121,10 +121,11 @@ def tokenize_images(
         raise SettingError(asked, f"{len(given)} texts and images for {len(pictures)}", fix)
     rows = [_prepared(processor, text, own, chat) for text, own in zip(given, pictures, strict=True)]
     padded = pad([ids for ids, _ in rows], processor.tokenizer, padding_side=padding_side)
-    marked = padded.tokens == info.image_token
-    shown = tuple(row for _, row in rows) if bool(marked.any()) else ()
-    batch = Batch.of(padded.tokens, padded.mask, padded.strings, images=shown, image=marked if shown else None)
-    return batch.to(device)
+    if not any(row for _, row in rows):
+        return padded.to(device)
+    image = marked(padded.tokens, info.image_token)
+    shown = [row for _, row in rows]
+    return Batch.of(padded.tokens, padded.mask, padded.strings, images=shown, image=image).to(device)
 
 
 def _pictures(entry: Any) -> list[Any]:

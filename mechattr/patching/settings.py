@@ -51,7 +51,7 @@ def settings_of(
         "task_hash": task.hash(),
         "metric": {"name": task.metric.name, "unit": task.metric.unit},
         "n_pairs": len(task),
-        "n_identical_pairs": int(((task.clean.tokens == task.corrupt.tokens) | ~task.clean.mask).all(1).sum()),
+        "n_identical_pairs": int((~task.clean.differs(task.corrupt).any(1)).sum()),
         "clean_metric": clean,
         "corrupt_metric": corrupt,
         "passes": {"forward": passes[0], "backward": passes[1]},
@@ -61,6 +61,6 @@ def settings_of(
 
 
 def provenance_of(model: HookedModel, task: Task) -> dict[str, JSON]:
-    """The model as described and fingerprinted, versions, and the tokens of the task."""
-    tokens = torch.cat([task.clean.tokens.flatten(), task.corrupt.tokens.flatten()])
+    """The model as described and fingerprinted, versions, and the prompts of the task."""
+    tokens = torch.cat([task.clean.content.flatten(), task.corrupt.content.flatten()])
     return provenance({**asdict(model.info), **model.fingerprint()}, tokens=tokens)

@@ -81,7 +81,7 @@ def source_of(
             f"record {', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}",
         )
     known = recording.provenance
-    now = provenance({**model.fingerprint()}, tokens=batch.tokens)
+    now = provenance({**model.fingerprint()}, tokens=batch.content)
     for field, made in (("weight_hash", "by another model"), ("tokens_sha256", "on other prompts")):
         if known.get(field) not in (None, now[field]):
             raise MismatchError(

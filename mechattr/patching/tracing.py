@@ -183,7 +183,7 @@ def _blurred(task: Task, span: str | None) -> Bool[Tensor, "pair column"]:
         UnknownNameError: a pair does not name the span.
     """
     if span is None:
-        return (task.clean.tokens != task.corrupt.tokens) & task.clean.mask
+        return task.clean.differs(task.corrupt)
     without = [i for i, spans in enumerate(task.spans) if span not in spans]
     if without:
         names = sorted({name for spans in task.spans for name in spans})

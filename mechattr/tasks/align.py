@@ -15,6 +15,7 @@ from typing import Any
 
 from mechattr.errors import SettingError
 from mechattr.models.base import HookedModel
+from mechattr.models.images import RowImages
 from mechattr.tasks import misfits
 from mechattr.tasks.misfits import Misfit
 from mechattr.tasks.pairtext import Answer, PairText, Span, members
@@ -35,6 +36,7 @@ class Aligned:
     foil: tuple[int, ...] = ()
     spans: Mapping[str, Span] = field(default_factory=dict)
     factors: Mapping[str, Any] = field(default_factory=dict)
+    images: tuple[RowImages, RowImages] = ({}, {})  # of the clean and the corrupt prompt
     dropped: int = 0  # members of the answer sets that are not one token, where the caller allows that
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mechattr.errors import AnswerError, EmptyTaskError, UnknownNameError, UnsupportedFeatureError, nearest
 from mechattr.models.base import Batch, HookedModel
+from mechattr.models.images import RowImages, marked
 from mechattr.models.tokenize import pad
 from mechattr.tasks import metrics
 from mechattr.tasks.align import SEQUENCE, Aligned
@@ -64,8 +65,14 @@ def build(
             "use another metric",
         )
     tails = [pair.answer[:-1] if sequence else () for pair in pairs]
-    clean = batch_of_ids(model, [(*pair.clean, *tail) for pair, tail in zip(pairs, tails, strict=True)])
-    corrupt = batch_of_ids(model, [(*pair.corrupt, *tail) for pair, tail in zip(pairs, tails, strict=True)])
+    clean, corrupt = (
+        batch_of_ids(
+            model,
+            [(*row, *tail) for row, tail in zip(rows, tails, strict=True)],
+            [pair.images[side] for pair in pairs],
+        )
+        for side, rows in enumerate(([pair.clean for pair in pairs], [pair.corrupt for pair in pairs]))
+    )
     answers = padded_ids([pair.answer for pair in pairs])
     foils = padded_ids([pair.foil for pair in pairs]) if all(pair.foil for pair in pairs) else None
     return Task(
@@ -83,9 +90,13 @@ def build(
     )
 
 
-def batch_of_ids(model: HookedModel, rows: Sequence[Sequence[int]]) -> Batch:
-    """Token rows -> padded batch where the model's weights are."""
-    return pad(rows, model.tokenizer, device=device_of(model))
+def batch_of_ids(model: HookedModel, rows: Sequence[Sequence[int]], images: Sequence[RowImages] = ()) -> Batch:
+    """Token rows and their images -> padded batch where the model's weights are."""
+    batch = pad(rows, model.tokenizer)
+    if any(images):
+        image = marked(batch.tokens, model.info.image_token)
+        batch = Batch.of(batch.tokens, batch.mask, batch.strings, images=images, image=image)
+    return batch.to(device_of(model))
 
 
 def device_of(model: HookedModel) -> torch.device:

@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mechattr.errors import EmptyTaskError, SettingError, UnknownNameError, UnknownTaskError, nearest
+import torch
+
+from mechattr.errors import (
+    EmptyTaskError,
+    SettingError,
+    UnknownNameError,
+    UnknownTaskError,
+    UnsupportedFeatureError,
+    nearest,
+)
 from mechattr.models.base import HookedModel
+from mechattr.models.images import RowImages, spans_of
 from mechattr.tasks.align import Aligned, align, align_ids
 from mechattr.tasks.build import build, metric_name
 from mechattr.tasks.metrics import Metric
@@ -17,6 +28,7 @@ from mechattr.tasks.pairtext import Answer, PairText, Span, members
 from mechattr.tasks.task import Task
 
 KEYS = ("clean", "corrupt", "clean_tokens", "corrupt_tokens", "answer", "foil", "spans", "corrupt_spans")
+IMAGES = ("clean_image", "corrupt_image")
 
 
 def from_pairs(
@@ -37,6 +49,9 @@ def from_pairs(
       of ids. The foil may be left out where the metric needs none.
     - `spans` (optional): name -> [start, end), in characters of the clean prompt, or positions beside `clean_tokens`;
       `corrupt_spans` (optional): the same names in the corrupt text, to check that they fall on the same positions.
+    - `clean_image`, `corrupt_image` (both or neither): the image of each prompt, or a list of images, for the processor
+      of a vision-language model; the text says where they stand, as in `HookedHF.tokenize`. Spans are then positions,
+      and a prompt's single run of image tokens is the span "image". Beside `clean_tokens`: the processor's tensors.
 
     Args:
         model: whose tokenizer is used.
@@ -52,6 +67,7 @@ def from_pairs(
         SettingError: a pair with missing or unusable values.
         UnknownNameError: an unknown key or metric.
         UnknownTaskError: the file does not exist.
+        UnsupportedFeatureError: images for a model that reads none.
     """
     wanted = metric_name(metric)
     rows = _read(Path(pairs)) if isinstance(pairs, str | Path) else list(pairs)
@@ -60,7 +76,8 @@ def from_pairs(
     labels = [f"pair {i}" for i in range(len(rows))]
     for row, label in zip(rows, labels, strict=True):
         _check_keys(row, label)
-    texts = {i: _text_pair(row, labels[i]) for i, row in enumerate(rows) if "clean" in row}
+    plain = [i for i, row in enumerate(rows) if "clean" in row and IMAGES[0] not in row]
+    texts = {i: _text_pair(rows[i], labels[i]) for i in plain}
     fitted = align(model, list(texts.values()), metric=wanted, labels=[labels[i] for i in texts]) if texts else []
     of_text = dict(zip(texts, fitted, strict=True))
     aligned = []
@@ -98,8 +115,10 @@ def _check_keys(row: Any, label: str) -> None:
     if not isinstance(row, Mapping):
         raise SettingError(label, f"a {type(row).__name__}", f"give a mapping with keys of {', '.join(KEYS)}")
     for key in row:
-        if key not in KEYS:
-            raise UnknownNameError(f"{label}: key {key!r}", "no such key", nearest(str(key), KEYS))
+        if key not in (*KEYS, *IMAGES):
+            raise UnknownNameError(f"{label}: key {key!r}", "no such key", nearest(str(key), (*KEYS, *IMAGES)))
+    if (IMAGES[0] in row) != (IMAGES[1] in row):
+        raise SettingError(label, "an image for one of its two prompts", f"give {IMAGES[0]} and {IMAGES[1]}")
     text, tokens = ({key, other} <= row.keys() for key, other in (KEYS[:2], KEYS[2:4]))
     if text == tokens or "answer" not in row:
         raise SettingError(
@@ -125,8 +144,9 @@ def _text_pair(row: Mapping[str, Any], label: str) -> PairText:
 
 
 def _token_pair(model: HookedModel, row: Mapping[str, Any], label: str, metric: str) -> Aligned | Misfit:
+    row, images = _read_images(model, row, label)
     try:
-        return align_ids(
+        pair = align_ids(
             model,
             row["clean_tokens"],
             row["corrupt_tokens"],
@@ -138,6 +158,35 @@ def _token_pair(model: HookedModel, row: Mapping[str, Any], label: str, metric: 
         )
     except Misfit as misfit:
         return misfit
+    return replace(pair, images=images)
+
+
+def _read_images(
+    model: HookedModel, row: Mapping[str, Any], label: str
+) -> tuple[Mapping[str, Any], tuple[RowImages, RowImages]]:
+    """A pair with images as one of token ids, and the tensors of its images."""
+    if IMAGES[0] not in row:
+        return row, ({}, {})
+    token = model.info.image_token
+    if token is None:
+        fix = "load a vision-language model, or leave the images out"
+        raise UnsupportedFeatureError(f"{label} with images", f"{model.info.name!r} reads no images", fix)
+    if "clean" in row:
+        tokenize: Any = model.tokenize  # with `images`, where the model has an image token
+        batches = [tokenize([row[side]], images=[row[f"{side}_image"]]) for side in ("clean", "corrupt")]
+        ids = [batch.tokens[0].tolist() for batch in batches]
+        images = tuple(batch.images[0] if batch.images else {} for batch in batches)
+    else:
+        ids, images = [list(row[key]) for key in KEYS[2:4]], tuple(row[key] for key in IMAGES)
+        if not all(isinstance(x, Mapping) for x in images):
+            fix = "beside clean_tokens give the tensors that a processor made of each prompt's images"
+            raise SettingError(f"{label}: {IMAGES[0]}", "an image that no processor has prepared", fix)
+    shown = [torch.tensor([[i == token for i in side]]) for side in ids]
+    runs = [spans_of(x, torch.ones_like(x))[0] for x in shown]
+    spans = _spans(row, "spans", label)
+    if runs[0] == runs[1] and len(runs[0]) == 1:
+        spans.setdefault("image", runs[0][0])
+    return {**row, "clean_tokens": ids[0], "corrupt_tokens": ids[1], "spans": spans}, (images[0], images[1])
 
 
 def _answer(row: Mapping[str, Any], kind: str, label: str) -> Answer:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mechattr.errors import AlignmentError, EmptyTaskError, SettingError, UnknownNameError, nearest
 from mechattr.models.base import Batch, HookedModel, row_numbers
+from mechattr.models.images import digest
 from mechattr.tasks.metrics import PADDING, Metric
 
 Span = tuple[int, int]
@@ -125,15 +126,14 @@ class Task:
 
     def sample(self, pair: int = 0) -> tuple[list[tuple[str, bool]], list[tuple[str, bool]]]:
         """One pair for reading: for the clean and the corrupt prompt, (token text, whether it differs)."""
-        clean, corrupt = (batch.tokens[pair][batch.mask[pair]] for batch in (self.clean, self.corrupt))
-        differs = (clean != corrupt).tolist()
+        differs = self.clean.differs(self.corrupt)[pair][self.clean.mask[pair]].tolist()
         return (
             list(zip(_strings(self.clean, pair), differs, strict=True)),
             list(zip(_strings(self.corrupt, pair), differs, strict=True)),
         )
 
     def hash(self) -> str:
-        """sha256 of tokens, answers, foils, metric and spans: what a stored result belongs to."""
+        """sha256 of tokens, images, answers, foils, metric and spans: what a stored result belongs to."""
         document = {
             "clean": [row[real].tolist() for row, real in zip(self.clean.tokens, self.clean.mask, strict=True)],
             "corrupt": [row[real].tolist() for row, real in zip(self.corrupt.tokens, self.corrupt.mask, strict=True)],
@@ -142,6 +142,8 @@ class Task:
             "metric": self.metric.name,
             "spans": [dict(spans) for spans in self.spans],
         }
+        if self.clean.images or self.corrupt.images:
+            document["images"] = [[digest(row).hex() for row in batch.images] for batch in (self.clean, self.corrupt)]
         return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
     def __repr__(self) -> str:
