@@ -12,6 +12,7 @@ from torch import Tensor
 from mechattr.models.base import Batch, HookedModel, Start
 from mechattr.models.edits import Edit
 from mechattr.models.hf import HookedHF
+from mechattr.models.images import marked
 from mechattr.models.operators import Add, Set
 from mechattr.models.small import small_model
 from mechattr.sites import parse
@@ -114,6 +115,7 @@ def _generation(model: HookedHF) -> Check:
 def sample(model: HookedModel, lengths: Sequence[int]) -> Batch:
     """Rows of random token ids, padded on the right."""
     ids = torch.randint(0, model.info.d_vocab, (len(lengths), max(lengths)), generator=_seeded(0))
+    ids = ids.where(~marked(ids, model.info.image_token), (ids + 1) % model.info.d_vocab)  # text alone
     return Batch.of(ids, torch.arange(max(lengths)) < torch.tensor(lengths)[:, None])
 
 

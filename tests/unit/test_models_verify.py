@@ -31,7 +31,7 @@ def test_another_backend_is_held_to_the_same() -> None:
 
 
 def test_control_a_gradient_of_a_shared_tensor_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(taps, "_node", lambda x, anchor: x)
+    monkeypatch.setattr(taps, "_node", lambda x, *_: x)
     found = {check.name: check for check in verify(families.hooked("llama", torch.float64))}
     assert not found["gradients"].passed and found["gradients"].error > 0.1
     assert found["gradients"].where.startswith("blocks.") and found["recording"].passed
@@ -49,7 +49,7 @@ def test_the_command_shows_what_was_measured_and_fails_where_a_limit_is_exceeded
 ) -> None:
     result = CliRunner().invoke(app, ["models", "--verify", "--family", "gpt2"])
     assert result.exit_code == 0 and "gpt2" in result.output and "restart" in result.output
-    monkeypatch.setattr(taps, "_node", lambda x, anchor: x)
+    monkeypatch.setattr(taps, "_node", lambda x, *_: x)
     result = CliRunner().invoke(app, ["models", "--verify", "--family", "llama"])
     assert result.exit_code == 1 and "over their limits: llama" in result.output
     for options in (["--family", "gpt2"], ["--verify", "--write", "x.md", "--family", "gpt2"]):
