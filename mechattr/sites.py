@@ -19,6 +19,7 @@ KV_HEADS = ("batch", "pos", "kv_head", "d_head")
 SCORES = ("batch", "head", "query", "key")
 NEURONS = ("batch", "pos", "neuron")
 SCALE = ("batch", "pos")
+EXPERTS = ("batch", "pos", "expert")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,8 @@ SITES: dict[str, SiteSpec] = {
         SiteSpec("mlp_pre", "blocks.{l}.mlp.hook_pre", NEURONS),
         SiteSpec("mlp_pre_linear", "blocks.{l}.mlp.hook_pre_linear", NEURONS),
         SiteSpec("mlp_post", "blocks.{l}.mlp.hook_post", NEURONS),
+        SiteSpec("router_logits", "blocks.{l}.mlp.hook_router_logits", EXPERTS),
+        SiteSpec("expert_out", "blocks.{l}.mlp.hook_expert_out", (*EXPERTS, "d_model")),
         SiteSpec("mlp_out", "blocks.{l}.hook_mlp_out", RESID),
         SiteSpec("resid_post", "blocks.{l}.hook_resid_post", RESID),
         SiteSpec("ln_final_scale", "ln_final.hook_scale", SCALE),
@@ -131,12 +134,15 @@ def expand(names: str | Iterable[str], available: Sequence[str], layers: Iterabl
         missing = [full for full in hits if full not in set(available)]
         if missing or not hits:
             shorts = {parse(full)[0] for full in available}
+            fix = nearest(name, available if "hook_" in name else shorts)
+            if spec.axes[-1] == "neuron" and "router_logits" in shorts:
+                fix = "its MLPs are mixtures of experts: use mlp_out, expert_out or router_logits"
             layer_note = "" if chosen is None else f" in layers {sorted(chosen)}"
             raise UnknownSiteError(
                 f"site {name!r}{layer_note}",
                 f"this model has no such site; it has {', '.join(s for s in SITES if s in shorts)}"
                 + (f" in layers 0 to {max(parse(f)[1] or 0 for f in available)}" if available else ""),
-                nearest(name, available if "hook_" in name else shorts),
+                fix,
             )
         wanted.update(hits)
     return [full for full in available if full in wanted]

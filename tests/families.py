@@ -19,12 +19,12 @@ from mechattr.models.small import small_model
 FAMILIES = tuple(small_configs())
 ENCODERS = tuple(name for name, config in small_configs().items() if ROWS[config.model_type].encoder)
 DECODERS = tuple(name for name in FAMILIES if name not in ENCODERS)
-# transformers has no sdpa for Gemma-2, whose scores have a softcap, nor for some whose attention is their own
+# transformers has no sdpa for scores with a softcap or sinks, nor for some families whose attention is their own
 ATTENTIONS = tuple(
     (name, attention)
     for name in FAMILIES
     for attention in ("eager", "sdpa")
-    if attention == "eager" or name not in ("gemma2", "gptj", "codegen", "gpt_neo", "bloom")
+    if attention == "eager" or name not in ("gemma2", "vaultgemma", "gpt_oss", "gptj", "codegen", "gpt_neo", "bloom")
 )
 _ACTIVATIONS = {
     "silu": F.silu, "gelu": F.gelu, "relu": F.relu,
@@ -67,11 +67,13 @@ def widened() -> Iterator[None]:
     """Makes the casts to float32 inside transformers' norms and softmaxes casts to float64, so that a float64 model has
     float64 precision throughout and finite differences resolve its gradients."""
     narrow, method = torch.float32, torch.Tensor.float
-    torch.float32, torch.Tensor.float = torch.float64, torch.Tensor.double  # type: ignore[misc,method-assign]
+    torch.float32 = torch.float = torch.float64  # type: ignore[misc]
+    torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign]
     try:
         yield
     finally:
-        torch.float32, torch.Tensor.float = narrow, method  # type: ignore[misc,method-assign]
+        torch.float32 = torch.float = narrow  # type: ignore[misc]
+        torch.Tensor.float = method  # type: ignore[method-assign]
 
 
 @cache
@@ -88,6 +90,11 @@ def ragged(side: str = "right", lengths: tuple[int, ...] = (7, 4, 5)) -> Batch:
         place = slice(0, length) if side == "right" else slice(width - length, width)
         padded[row, place], mask[row, place] = ids[row, :length], True
     return Batch.of(padded, mask)
+
+
+def inside_mlp(model: HookedHF) -> str:
+    """A site inside the MLP: its neurons, or the logits that route tokens to experts."""
+    return "router_logits" if model.info.n_experts else "mlp_post"
 
 
 def probe(logits: torch.Tensor, batch: Batch) -> torch.Tensor:

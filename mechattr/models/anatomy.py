@@ -13,6 +13,26 @@ from mechattr.models.families.family import PARTS, Family, text_config
 from mechattr.models.norms import Norm, is_norm, norm_of
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Factors:
+    """What a model multiplies by between its modules: token embeddings, what a block writes, and logits."""
+
+    embed: float = 1.0
+    write: float = 1.0
+    logits: float = 1.0
+
+    @classmethod
+    def of(cls, config: Any, family: Family) -> Factors:
+        """Those of a config: Granite has all three, Cohere one of its logits."""
+        if not family.multiplied:
+            return cls(logits=float(getattr(config, "logit_scale", None) or 1.0))
+        return cls(
+            embed=float(config.embedding_multiplier),
+            write=float(config.residual_multiplier),
+            logits=1 / float(config.logits_scaling),
+        )
+
+
 @dataclass(frozen=True, eq=False, slots=True)
 class Anatomy:
     """The modules of one model that carry sites.
@@ -24,7 +44,7 @@ class Anatomy:
         ends: `embed`, `pos_embed` and `final`.
         norms: every norm module, for the rule that freezes them.
         configured: the modules that hold the model's config object, from which attention takes its implementation.
-        logit_scale: factor of the logits, which the weights of the unembedding include.
+        factors: what is multiplied between modules.
     """
 
     base: nn.Module
@@ -36,7 +56,7 @@ class Anatomy:
     configured: tuple[nn.Module, ...]
     n_heads: int
     n_kv_heads: int
-    logit_scale: float = 1.0
+    factors: Factors = Factors()
 
     def norm(self, name: str) -> Norm | None:
         """The norm through which attention (`"blocks.0.ln1"`), the MLP (`"blocks.0.ln2"`) or the unembedding
@@ -58,7 +78,8 @@ class Anatomy:
         if name not in names:
             raise UnknownNameError(f"norm {name!r}", "this model has no such norm", nearest(name, names))
         module = names[name]
-        return None if module is None else norm_of(module)
+        like: Any = self.ends["embed"]
+        return None if module is None else norm_of(module, like.weight)
 
 
 def locate(
@@ -117,5 +138,5 @@ def locate(
         tuple(m for m in model.modules() if m.__dict__.get("config") is config),
         n_heads,
         n_kv_heads,
-        float(getattr(config, "logit_scale", None) or 1.0),
+        Factors.of(config, family),
     )

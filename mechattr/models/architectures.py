@@ -21,6 +21,7 @@ VERIFIED = {
     "generation": "edits of strength zero and padding on the left leave the tokens as they are; decoders only",
 }
 TESTED_TRANSFORMERS = "5.23.0"
+EXPERT_SITES = ("router_logits", "expert_out")
 
 _STATE_SPACE = (
     "its blocks, or some of them, are recurrent: a state space in place of attention over earlier positions",
@@ -71,12 +72,20 @@ def family_of(config: Any) -> tuple[str, Family]:
         "_remove_final_layer_norm": "a model without its final norm",
         "apply_residual_connection_post_layernorm": "its residual stream is what norms return",
         "slow_but_exact": "it does not call the output projections as modules",
+        "mlp_only_layers": "blocks without experts among blocks with experts",
+        "use_bidirectional_attention": "attention looks ahead",
     }
     for option, reason in refused.items():
         if reason and getattr(config, option, False):
+            value = getattr(config, option)
             raise UnsupportedModelError(
-                f"a hooked {name} model with {option}=True", reason, f"use a model with {option}=False"
+                f"a hooked {name} model with {option}={value}", reason, f"use a model without {option}"
             )
+    if getattr(config, "decoder_sparse_step", 1) != 1:
+        step = config.decoder_sparse_step
+        raise UnsupportedModelError(
+            f"a hooked {name} model with decoder_sparse_step={step}", refused["mlp_only_layers"], "use another model"
+        )
     if name == "opt" and (not config.do_layer_norm_before or config.word_embed_proj_dim != config.hidden_size):
         raise UnsupportedModelError(
             "a hooked opt model", "norms after the blocks, or projected embeddings (OPT-350m)", "use another OPT size"
@@ -106,15 +115,16 @@ def table() -> list[dict[str, Any]]:
     rows = []
     for name, family in FAMILIES.items():
         sites = short_sites(family)
+        expected = [s for s in SITES if family.experts is not None or s not in EXPERT_SITES]
         checks = [check for check in VERIFIED if not (family.encoder and check == "generation")]
         rows.append(
             {
                 "family": name,
-                "kind": "encoder" if family.encoder else "decoder",
+                "kind": ("encoder" if family.encoder else "decoder") + " of experts" * (family.experts is not None),
                 "norm": family.norm.replace("_plus_one", ""),
                 "positions": "alibi" if family.alibi else "rotary" if family.rotary else "learned",
                 "sites": len(sites),
-                "absent": ", ".join(s for s in SITES if s not in sites) or "none",
+                "absent": ", ".join(s for s in expected if s not in sites) or "none",
                 "verified": f"{', '.join(checks)} (transformers {TESTED_TRANSFORMERS})",
             }
         )

@@ -135,6 +135,7 @@ def _explicit(
     if s_aux is not None:  # attention sinks: one more logit a head, which takes mass and gives no value
         sink = s_aux.reshape(1, -1, 1, 1).expand(len(scores), -1, scores.shape[2], 1)
         scores = torch.cat([scores, sink], -1)
+        scores = scores - scores.max(-1, keepdim=True).values  # as the family does, whose softmax may be in bfloat16
     dtype = torch.float32 if tap.softmax_float32 else None
     pattern = attend(scores, lambda x: torch.softmax(x, -1, dtype=dtype).to(query.dtype), tap.taps.rules)
     if s_aux is not None:

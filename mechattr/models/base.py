@@ -36,7 +36,8 @@ class ModelInfo:
     and MLP write before it is added (Gemma-2), `gated` that the MLP has a linear second input, `bounded` that there are
     no positions beyond `n_ctx` (by default, where they are no rotations). `image_token` is the id that stands for an
     image's places in the text, `None` without a vision tower. `mapping` says where the places of the sites were taken
-    from: `"table"`, `"discovered"` or `"given"`.
+    from: `"table"`, `"discovered"` or `"given"`. `n_experts` counts the experts that stand in place of an MLP (0: there
+    are none); `d_mlp` is then the width of one of them.
     """
 
     name: str
@@ -62,6 +63,15 @@ class ModelInfo:
     dtype: str = "float32"
     revision: str | None = None
     mapping: str = "table"
+    n_experts: int = 0
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The length of each axis that does not depend on the batch."""
+        return {
+            "head": self.n_heads, "kv_head": self.n_kv_heads, "d_head": self.d_head, "d_model": self.d_model,
+            "neuron": self.d_mlp, "expert": self.n_experts,
+        }  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)

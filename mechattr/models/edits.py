@@ -30,6 +30,7 @@ class Edit:
             they are query positions.
         heads: heads, or kv heads at `k`, `rot_k` and `v`.
         neurons: indices of the last axis of `mlp_pre`, `mlp_pre_linear` and `mlp_post`.
+        experts: experts at `router_logits` and `expert_out`.
         rows: rows of the batch.
     """
 
@@ -39,6 +40,7 @@ class Edit:
     positions: Sequence[int] | str | None = None
     heads: Sequence[int] | None = None
     neurons: Sequence[int] | None = None
+    experts: Sequence[int] | None = None
     rows: Sequence[int] | None = None
 
 
@@ -87,7 +89,7 @@ def places(
             picks[0] = rows
         if columns is not None:
             picks[axes.index("query") if "query" in axes else 1] = columns
-        features = edit.heads if edit.heads is not None else edit.neurons
+        features = next((given for given in (edit.heads, edit.neurons, edit.experts) if given is not None), None)
         if features is not None:
             picks[axes.index(feature_axis(axes))] = torch.as_tensor(features, dtype=torch.long, device=device)
         return _grid_index(picks, shape, device)
@@ -148,8 +150,8 @@ def _grid_index(picks: dict[int, Tensor], shape: Sequence[int], device: torch.de
 
 
 def feature_axis(axes: tuple[str, ...]) -> str:
-    """The axis that `heads` or `neurons` select: `head`, `kv_head` or `neuron`; empty if there is none."""
-    return next((axis for axis in axes if axis in ("head", "kv_head", "neuron")), "")
+    """The axis that `heads`, `neurons` or `experts` select: `head`, `kv_head`, `neuron`, `expert`; empty if none."""
+    return next((axis for axis in axes if axis in ("head", "kv_head", "neuron", "expert")), "")
 
 
 def validate(edit: Edit, site: str, axes: tuple[str, ...], sizes: Mapping[str, int], lengths: Tensor) -> None:
@@ -159,7 +161,7 @@ def validate(edit: Edit, site: str, axes: tuple[str, ...], sizes: Mapping[str, i
         edit: the edit.
         site: one of the full names that it applies to.
         axes: the axes of that site.
-        sizes: length of `layer` and of the axes `head`, `kv_head` and `neuron`.
+        sizes: length of `layer` and of the axes `head`, `kv_head`, `neuron` and `expert`.
         lengths: number of real tokens of each row.
 
     Raises:
@@ -168,14 +170,18 @@ def validate(edit: Edit, site: str, axes: tuple[str, ...], sizes: Mapping[str, i
     """
     if not callable(edit.op):
         raise SettingError(f"an edit of {site} with op {edit.op!r}", "that is not callable", "use Set, Add, Zero, ...")
-    for name in ("layers", "positions", "heads", "neurons", "rows"):
+    for name in ("layers", "positions", "heads", "neurons", "experts", "rows"):
         _check_numbers(name, getattr(edit, name), site)
     if edit.layers is not None and (edit.site == site or not site.startswith("blocks.")):
         found = "the full name says the layer" if edit.site == site else "the site exists once in the model"
         raise SettingError(f"layers={list(edit.layers)} at {site}", found, "leave layers out")
     _in_range("layers", edit.layers, sizes["layer"], "the model's layers")
     axis = feature_axis(axes)
-    for name, values, wanted in (("heads", edit.heads, ("head", "kv_head")), ("neurons", edit.neurons, ("neuron",))):
+    for name, values, wanted in (
+        ("heads", edit.heads, ("head", "kv_head")),
+        ("neurons", edit.neurons, ("neuron",)),
+        ("experts", edit.experts, ("expert",)),
+    ):
         if values is None:
             continue
         if axis not in wanted:

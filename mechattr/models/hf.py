@@ -74,6 +74,12 @@ class HookedHF(Running):
         self._anatomy = locate(model, family, n_heads, n_kv_heads)
         self.info = describe(model, self._anatomy, backend="hf", name=name, revision=revision, mapping=mapping)
         self._sites = full_sites(family, self._anatomy.parts)
+        if self.info.n_experts and model.dtype == torch.float64 and c._experts_implementation != "eager":
+            raise UnsupportedModelError(
+                f"a hooked {type(model).__name__} in float64",
+                f"transformers' {c._experts_implementation!r} experts do not run in float64",
+                "call model.set_experts_implementation('eager') first",
+            )
         if model.get_output_embeddings() is None:
             raise UnsupportedModelError(
                 f"a hooked {type(model).__name__}", "it has no language-model head", "load the ...ForCausalLM class"

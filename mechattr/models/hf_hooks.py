@@ -17,6 +17,8 @@ from mechattr.models.adapters import ADAPTERS
 from mechattr.models.anatomy import Anatomy
 from mechattr.models.attention import ATTRIBUTE, NATIVE, AttentionTap, name_of
 from mechattr.models.checkpoint import checkpointed
+from mechattr.models.experts import per_expert, reroute
+from mechattr.models.hooks import Hooks
 from mechattr.models.norms import norm_scale, normalise
 from mechattr.models.rules import frozen_like, scaled, secant
 from mechattr.models.taps import Taps
@@ -54,11 +56,12 @@ def tapping(
         yield
 
 
-class _Installer:
+class _Installer(Hooks):
     """Registers hooks on one model for one run; the exit stack takes them off."""
 
     def __init__(self, anatomy: Anatomy, taps: Taps, stack: ExitStack) -> None:
-        self.anatomy, self.taps, self.stack = anatomy, taps, stack
+        super().__init__(stack)
+        self.anatomy, self.taps = anatomy, taps
 
     def install(self) -> bool:
         """Hooks all modules; says whether the attention function is needed."""
@@ -75,7 +78,7 @@ class _Installer:
         needs_attention = False
         for layer in range(len(anatomy.blocks)):
             if taps.start is not None and layer < taps.start.layer:
-                self.skip(anatomy.blocks[layer])
+                self.skip(anatomy.blocks[layer], several=anatomy.family.returns_tuple)
             else:
                 needs_attention |= self.block(layer)
         return needs_attention
@@ -84,7 +87,8 @@ class _Installer:
         """Token embeddings; in a vision-language model what the language model receives, with image features at their
         places, since an edit before they are merged in would be overwritten."""
         if self.anatomy.family.language is None:
-            self.on_output(self.anatomy.ends["embed"], lambda _m, _a, x: self.taps("hook_embed", x))
+            factor = self.anatomy.factors.embed
+            self.on_output(self.anatomy.ends["embed"], lambda _m, _a, x: self.multiplied("hook_embed", x, factor))
         else:
             self.on_input(self.anatomy.base, lambda x: self.taps("hook_embed", x), name="inputs_embeds")
 
@@ -140,7 +144,8 @@ class _Installer:
         return True
 
     def projections(self, layer: int) -> None:
-        """q and k before rotary embedding and norms; without those they are tapped inside the attention function."""
+        """q and k before rotary embedding and norms; without those they are tapped inside the attention function. OLMo
+        clips its projections in place, which the copies keep away from the taps."""
         parts, p, family = self.anatomy.parts[layer], f"blocks.{layer}.attn.hook_", self.anatomy.family
         if family.plain_qk or not self.taps.wants_any([p + "q", p + "k"]):
             return
@@ -149,7 +154,7 @@ class _Installer:
             return
         for short in ("q", "k"):
             if self.taps.wants(p + short):
-                self.on_output(parts[short], lambda _m, _a, x, name=p + short: self.per_head(name, x))
+                self.on_output(parts[short], lambda _m, _a, x, name=p + short: self.per_head(name, x).clone())
 
     def fused_qk(self, p: str, x: Tensor) -> Tensor:
         layout = self.anatomy.family.fused or ""
@@ -160,9 +165,9 @@ class _Installer:
         """attn_out, and resid_mid = resid_pre + attn_out: an edit of resid_mid is fed back as a change of attn_out, so
         that the skip path and the MLP both see it. It is an exact no-op when the tap changes nothing."""
         taps, parts, p = self.taps, self.anatomy.parts[layer], f"blocks.{layer}."
-        out, mid = p + "hook_attn_out", p + "hook_resid_mid"
+        out, mid, factor = p + "hook_attn_out", p + "hook_resid_mid", self.anatomy.factors.write
         if taps.wants(out):
-            self.on_output(parts["attn_out"], lambda _m, _a, x: self.tap(out, x))
+            self.on_output(parts["attn_out"], lambda _m, _a, x: self.multiplied(out, x, factor))
         if not taps.wants(mid):
             return
         before: list[Tensor] = []
@@ -171,8 +176,9 @@ class _Installer:
             before[:] = [x]
 
         def feed_back(_m: nn.Module, _a: Any, x: Tensor) -> Tensor:
-            total = before.pop() + x
-            return x + (self.tap(mid, total) - total)
+            total = before.pop() + (x if factor == 1.0 else factor * x)
+            change = self.tap(mid, total) - total
+            return x + (change if factor == 1.0 else change / factor)
 
         self.inside(self.anatomy.blocks[layer], keep)
         self.on_output(parts["attn_out"], feed_back)
@@ -180,12 +186,20 @@ class _Installer:
     def mlp(self, layer: int) -> None:
         taps, parts, p = self.taps, self.anatomy.parts[layer], f"blocks.{layer}."
         pre, linear = p + "mlp.hook_pre", p + "mlp.hook_pre_linear"
-        gated = "up" in parts or self.anatomy.family.fused == "blocks"
+        if taps.wants(p + "hook_mlp_out"):
+            factor = self.anatomy.factors.write
+            self.on_output(parts["mlp_out"], lambda _m, _a, x: self.multiplied(p + "hook_mlp_out", x, factor))
+            if self.anatomy.family.adds_in_place:  # what the tap keeps is not to be written to
+                self.on_output(parts["mlp_out"], lambda _m, _a, x: x.clone())
+        if "experts" in parts:
+            self.mixture(layer)
+            return
+        gated = "up" in parts or self.anatomy.family.gate_up
         if taps.rules.activation == "secant":
             self.on_output(parts["act"], lambda m, a, y: secant(m.forward, a[0], y))
         if taps.rules.gate == "half" and gated:
             self.on_input(parts["down"], lambda x: scaled(x, 0.5))
-        if self.anatomy.family.fused == "blocks" and taps.wants_any([pre, linear]):
+        if self.anatomy.family.gate_up and taps.wants_any([pre, linear]):
 
             def halves(_m: nn.Module, _a: Any, x: Tensor) -> Tensor:
                 gate, up = x.chunk(2, -1)
@@ -198,10 +212,24 @@ class _Installer:
                     self.on_output(parts[part], lambda _m, _a, x, name=name: self.tap(name, x))
         if taps.wants(p + "mlp.hook_post"):
             self.on_input(parts["down"], lambda x: self.tap(p + "mlp.hook_post", x))
-        if taps.wants(p + "hook_mlp_out"):
-            self.on_output(parts["mlp_out"], lambda _m, _a, x: self.tap(p + "hook_mlp_out", x))
-            if self.anatomy.family.adds_in_place:  # what the tap keeps is not to be written to
-                self.on_output(parts["mlp_out"], lambda _m, _a, x: x.clone())
+
+    def mixture(self, layer: int) -> None:
+        """Logits of the router, from which the routing is computed again, and what each expert adds."""
+        taps, parts, p = self.taps, self.anatomy.parts[layer], f"blocks.{layer}.mlp.hook_"
+        logits, out = p + "router_logits", p + "expert_out"
+
+        def route(m: nn.Module, _a: Any, routed: tuple[Any, ...]) -> tuple[Any, ...]:
+            return reroute(m, routed, self.tap(logits, routed[0]))
+
+        def spread(m: nn.Module, a: Any, x: Tensor) -> Tensor:
+            each = per_expert(m, *a)
+            columns = taps.frame.queries.shape[1]
+            return taps(out, each.unflatten(0, (-1, columns))).sum(2).reshape(x.shape)
+
+        if taps.wants(logits):
+            self.stack.callback(parts["router"].register_forward_hook(route).remove)
+        if taps.wants(out):
+            self.on_output(parts["experts"], spread)
 
     def norm(self, module: nn.Module, p: str) -> None:
         """Scale and output of a norm. With E the norm at a given scale, an edited scale s enters as E(x, s) - E(x, s0):
@@ -223,7 +251,16 @@ class _Installer:
         x = a[0]
         return frozen_like(y, normalise(m, x, norm_scale(m, x).detach()).to(y.dtype))
 
-    # -- taps on shapes
+    # -- taps on values and shapes
+
+    def multiplied(self, name: str, x: Tensor, factor: float) -> Tensor:
+        """Taps factor * x, where the model multiplies x by the factor on its way to the residual stream. What the tap
+        leaves as it is keeps every bit; what it changes is divided by the factor again."""
+        if factor == 1.0:
+            return self.tap(name, x)
+        total = factor * x
+        tapped = self.tap(name, total)
+        return frozen_like(torch.where(tapped == total, x, tapped / factor), tapped / factor)
 
     def tap(self, name: str, x: Tensor) -> Tensor:
         if not self.taps.wants(name):
@@ -242,59 +279,13 @@ class _Installer:
         return self.taps(name, x.unflatten(-1, (heads, -1))).flatten(-2)
 
     def result(self, name: str, o: nn.Module, z: Tensor) -> Tensor:
-        per_head = torch.einsum(
-            "bphd,hdm->bphm", z.unflatten(-1, (self.anatomy.n_heads, -1)), w_o(o, self.anatomy.n_heads)
-        )
-        total = self.taps(name, per_head).sum(2)
+        heads, factor = self.anatomy.n_heads, self.anatomy.factors.write
+        per_head = torch.einsum("bphd,hdm->bphm", z.unflatten(-1, (heads, -1)), w_o(o, heads))
+        total = self.taps(name, per_head if factor == 1.0 else factor * per_head).sum(2)
+        total = total if factor == 1.0 else total / factor
         return total if o.bias is None else total + o.bias  # type: ignore[operator]
 
-    # -- installing and undoing
-
-    def on_output(self, module: nn.Module, change: Callable[..., Tensor]) -> None:
-        def hook(m: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
-            if isinstance(out, tuple):
-                return (change(m, args, out[0]), *out[1:])
-            return change(m, args, out)
-
-        self.stack.callback(module.register_forward_hook(hook).remove)
-
-    def on_input(self, module: nn.Module, change: Callable[[Tensor], Tensor], *, name: str = "hidden_states") -> None:
-        def hook(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-            if args:
-                return (change(args[0]), *args[1:]), kwargs
-            return args, {**kwargs, name: change(kwargs[name])}
-
-        self.stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-
-    def inside(self, block: nn.Module, look: Callable[[Tensor], None]) -> None:
-        """Calls `look` on what a block reads, as a part of its forward pass, which a checkpointed run repeats."""
-        inner = block.forward
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            look(args[0] if args else kwargs["hidden_states"])
-            return inner(*args, **kwargs)
-
-        self.attribute(block, "forward", forward)
-
-    def attribute(self, module: nn.Module, name: str, value: Any) -> None:
-        """Sets an instance attribute and puts back what was there."""
-        had, old = name in module.__dict__, module.__dict__.get(name)
-        module.__dict__[name] = value
-
-        def undo() -> None:
-            if had:
-                module.__dict__[name] = old
-            else:
-                module.__dict__.pop(name, None)
-
-        self.stack.callback(undo)
-
-    def skip(self, block: nn.Module) -> None:
-        """Makes a block hand its input through, for runs that start above it."""
-        several = self.anatomy.family.returns_tuple
-        self.attribute(
-            block, "forward", lambda hidden_states, *_, **__: (hidden_states, None) if several else hidden_states
-        )
+    # -- the attention function
 
     def switch_attention(self, config: Any, masked: bool) -> None:
         """Gives this model's modules a copy of the config that names the tap; the config object itself may be shared

@@ -224,6 +224,7 @@ def _weights(
     if family is None:  # one without a row is looked at once it is loaded
         family = family_of(config)[1] if config.model_type in FAMILIES else Family()
     auto = getattr(transformers, family.auto)
+    fused = family.experts is not None and dtype == torch.float64  # transformers' fused experts have no float64
     try:
         with _no_bar(source):
             model, report = auto.from_pretrained(
@@ -233,6 +234,7 @@ def _weights(
                 revision=revision,
                 use_safetensors=True,
                 output_loading_info=True,
+                **({"experts_implementation": "eager"} if fused else {}),
             )
     except (OSError, SafetensorError, RuntimeError, KeyError) as error:  # also a config that does not fit the weights
         raise UnknownModelError(f"the weights of {source!r}", _first_line(error), complete) from error

@@ -38,15 +38,18 @@ class Norm:
 
 
 # LayerNorms that are classes of their own
-LAYER_NORMS = ("CohereLayerNorm", "Cohere2LayerNorm")
+LAYER_NORMS = ("CohereLayerNorm", "Cohere2LayerNorm", "OlmoLayerNorm")
 
 
-def norm_of(module: nn.Module) -> Norm:
-    """A norm module as a function of its own: detached from the module, with the module's present weights."""
+def norm_of(module: nn.Module, like: Tensor) -> Norm:
+    """A norm module as a function of its own: detached from the module, with the module's present weights.
+
+    `like` says where ones are, the weight of a norm that has none.
+    """
     bias: Tensor | None = getattr(module, "bias", None)
     return Norm(
         _is_centred(module),
-        norm_weight(module).detach(),
+        norm_weight(module, like).detach(),
         None if bias is None else bias.detach(),
         _eps(module),
     )
@@ -62,7 +65,8 @@ def _is_centred(module: nn.Module) -> bool:
 
 
 def _eps(module: nn.Module) -> float:
-    return float(getattr(module, "variance_epsilon", getattr(module, "eps", 0.0)))
+    written = 1e-5 if type(module).__name__ == "OlmoLayerNorm" else 0.0  # OLMo's stands in its forward
+    return float(getattr(module, "variance_epsilon", getattr(module, "eps", written)))
 
 
 def _centred(module: nn.Module, x: Tensor) -> Tensor:
@@ -70,10 +74,13 @@ def _centred(module: nn.Module, x: Tensor) -> Tensor:
     return x - x.mean(-1, keepdim=True) if _is_centred(module) else x
 
 
-def norm_weight(module: Any) -> Float[Tensor, " d_model"]:
-    """The factor that a norm truly applies (Gemma stores it minus one)."""
-    weight: Tensor = module.weight
-    return 1.0 + weight if type(module).__name__.startswith("Gemma") else weight
+def norm_weight(module: Any, like: Tensor) -> Float[Tensor, " d_model"]:
+    """The factor that a norm truly applies: Gemma and Nemotron store it minus one, and OLMo has none."""
+    weight: Tensor | None = getattr(module, "weight", None)
+    if weight is None:
+        return like.new_ones(module.normalized_shape)
+    name = type(module).__name__
+    return 1.0 + weight if name.startswith(("Gemma", "VaultGemma")) or name.endswith("LayerNorm1P") else weight
 
 
 def norm_scale(module: nn.Module, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "..."]:
@@ -83,6 +90,6 @@ def norm_scale(module: nn.Module, x: Float[Tensor, "... d_model"]) -> Float[Tens
 
 def normalise(module: nn.Module, x: Float[Tensor, "... d_model"], scale: Float[Tensor, "..."]) -> Tensor:
     """c / scale * weight + bias: linear in the input when the scale is held fixed."""
-    y = _centred(module, x) / scale[..., None] * norm_weight(module)
+    y = _centred(module, x) / scale[..., None] * norm_weight(module, x)
     bias = getattr(module, "bias", None)
     return y if bias is None else y + bias

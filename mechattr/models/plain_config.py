@@ -153,7 +153,7 @@ def _norm_shapes(name: str, c: PlainConfig) -> dict[str, tuple[int, ...]]:
 
 def site_names(c: PlainConfig) -> tuple[str, ...]:
     """The full site names of a config, in the order of the forward pass."""
-    absent = set()
+    absent = {"router_logits", "expert_out"}
     if c.positions != "learned":
         absent |= {"pos_embed"}
     if c.norm == "none":

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mechattr.errors import SettingError, nearest
+from mechattr.errors import SettingError, UnsupportedFeatureError, nearest
 
 WORDS = {
     "norm": ("full", "frozen"),
@@ -126,15 +126,27 @@ class Rules:
         return {name: sorted(value) if name == "hold" else value for name, value in given.items()}
 
 
-def check_rules(rules: Any) -> None:
-    """Whether `rules` can be given to a run.
+def out_of_reach(rules: Rules, sites: Iterable[str]) -> bool:
+    """Whether rules act inside MLPs where the sites are those of a mixture of experts, whose inside no rule reaches."""
+    return (rules.activation, rules.gate) != ("full", "full") and any(site.endswith("router_logits") for site in sites)
+
+
+def check_rules(rules: Any, sites: Iterable[str] = ()) -> None:
+    """Whether `rules` can be given to a run of a model with these sites.
 
     Raises:
         SettingError: they are no `Rules`.
+        UnsupportedFeatureError: rules of activations or gates inside a mixture of experts.
     """
     if rules is not None and not isinstance(rules, Rules):
         fix = "give Rules, such as Rules.relp() or Rules(norm='frozen')"
         raise SettingError(f"rules={rules!r}", f"a {type(rules).__name__}", fix)
+    if rules is not None and out_of_reach(rules, sites):
+        raise UnsupportedFeatureError(
+            f"Rules(activation={rules.activation!r}, gate={rules.gate!r})",
+            "the MLPs are mixtures of experts, and what happens inside an expert is out of reach",
+            "leave these rules out: dataclasses.replace(rules, activation='full', gate='full')",
+        )
 
 
 def frozen_like(exact: Tensor, linear: Tensor) -> Tensor:

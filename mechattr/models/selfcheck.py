@@ -65,10 +65,7 @@ def selfcheck(model: HookedHF) -> None:
 
 def axis_sizes(info: ModelInfo, columns: int) -> dict[str, int]:
     """The length of every axis of a site in a run of one row."""
-    return {
-        "batch": 1, "pos": columns, "query": columns, "key": columns, "head": info.n_heads, "kv_head": info.n_kv_heads,
-        "d_head": info.d_head, "d_model": info.d_model, "neuron": info.d_mlp,
-    }  # fmt: skip
+    return {"batch": 1, "pos": columns, "query": columns, "key": columns, **info.sizes}
 
 
 def _fire(model: HookedHF, batch: Batch, sites: Sequence[str]) -> dict[str, torch.Tensor]:

@@ -28,12 +28,14 @@ def small_model(name: str, dtype: torch.dtype = torch.float32, attention: str = 
     if name not in configs:
         raise UnknownNameError(f"a small model {name!r}", "no such model", nearest(name, configs))
     family = FAMILIES[configs[name].model_type]
-    built = getattr(transformers, family.auto).from_config(configs[name], attn_implementation=attention)
+    # transformers' fused experts do not run in float64
+    experts = {"experts_implementation": "eager"} if family.experts is not None else {}
+    built = getattr(transformers, family.auto).from_config(configs[name], attn_implementation=attention, **experts)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for label, parameter in sorted(built.named_parameters()):
             noise = torch.randn(parameter.shape, generator=generator)
             is_norm = "norm" in label.lower() or ".ln_" in label
-            centred = family.norm == "rms_plus_one" or not (is_norm and label.endswith("weight"))
+            centred = family.norm.endswith("plus_one") or not (is_norm and label.endswith("weight"))
             parameter.copy_((0.0 if centred else 1.0) + 0.3 * noise)
     return built.to(dtype).eval()

@@ -110,6 +110,7 @@ def plan(
     if metric is not None and not callable(metric):
         raise SettingError(f"metric={metric!r}", "that is not callable", "pass metric=task.metric or a function")
     _check_start(start, info, batch)
+    check_rules(rules, sites)
     _check_hold(rules, info)
     taps = Taps(
         frame=Frame(batch.lengths, batch.positions, batch.positions),
@@ -230,7 +231,6 @@ def _check_start(start: Start | None, info: ModelInfo, batch: Batch) -> None:
 
 
 def _check_hold(rules: Rules | None, info: ModelInfo) -> None:
-    check_rules(rules)
     bad = sorted(layer for layer in (rules or Rules()).hold if not 0 <= layer < info.n_layers)
     if bad:
         raise SettingError(f"Rules(hold={bad})", f"blocks 0 to {info.n_layers - 1}", "name existing blocks")

@@ -17,7 +17,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from mechattr.errors import SettingError, UnknownSiteError
 from mechattr.models.base import AttentionForm, ModelInfo, Start, Visit
 from mechattr.models.edits import Edit, Frame, apply, validate
-from mechattr.models.rules import Rules
+from mechattr.models.rules import Rules, out_of_reach
 from mechattr.sites import expand, site_spec
 
 
@@ -128,9 +128,11 @@ class Taps:
 
 
 def supported(feature: Any, sites: Sequence[str]) -> bool:
-    """Whether a site name (short or full) is among `sites`, or a value is an edit operator or a `Rules`."""
+    """Whether a site name (short or full) is among `sites`, or a value is an edit operator or `Rules` for them."""
+    if isinstance(feature, Rules):
+        return not out_of_reach(feature, sites)
     if not isinstance(feature, str):
-        return isinstance(feature, Rules) or callable(feature)
+        return callable(feature)
     try:
         return bool(expand(feature, sites))
     except UnknownSiteError:
@@ -139,7 +141,7 @@ def supported(feature: Any, sites: Sequence[str]) -> bool:
 
 def plan_edits(edits: Sequence[Edit], sites: Sequence[str], info: ModelInfo, lengths: Tensor) -> dict[str, list[Edit]]:
     """Edits by full site name, each checked against the model and the batch."""
-    sizes = {"layer": info.n_layers, "head": info.n_heads, "kv_head": info.n_kv_heads, "neuron": info.d_mlp}
+    sizes = {"layer": info.n_layers, **info.sizes}
     planned: dict[str, list[Edit]] = {}
     if isinstance(edits, Edit) or not all(isinstance(edit, Edit) for edit in edits):
         raise SettingError("edits", f"{edits!r:.80}", "give a list of Edit")

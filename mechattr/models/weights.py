@@ -1,7 +1,8 @@
 """Weights of a transformers model under the standard names and orientations.
 
 `W_Q W_K W_V` are [head, d_model, d_head], `W_O` [head, d_head, d_model], `W_in W_gate` [d_model, d_mlp], `W_out`
-[d_mlp, d_model], `W_E` [d_vocab, d_model], `W_pos` [n_ctx, d_model], `W_U` [d_model, d_vocab]; biases likewise.
+[d_mlp, d_model], `W_E` [d_vocab, d_model], `W_pos` [n_ctx, d_model], `W_U` [d_model, d_vocab]; biases likewise. What a
+model multiplies by between its modules is in them, so that `z W_O + b_O` is what is added to the residual stream.
 """
 
 from __future__ import annotations
@@ -77,16 +78,15 @@ def _end(name: str, anatomy: Anatomy, head: Any) -> Tensor | None:
     if name == "embed.W_E":
         embed: Any = ends["embed"]
         table: Tensor = embed.weight
-        scale = getattr(embed, "embed_scale", None)
-        return table if scale is None else table * scale.to(table.dtype)
+        own = torch.as_tensor(getattr(embed, "embed_scale", 1.0), dtype=table.dtype, device=table.device)
+        return _times(table, anatomy.factors.embed * own)
     if name == "pos_embed.W_pos" and "pos_embed" in ends:
         positions: Any = ends["pos_embed"]
         return positions.weight[getattr(positions, "offset", anatomy.family.position_offset) :]
     if name in ("ln_final.w", "ln_final.b") and "final" in ends:
-        return _norm(ends["final"], name[-1])
+        return _norm(ends["final"], name[-1], anatomy)
     if name in ("unembed.W_U", "unembed.b_U") and head is not None:
-        whole = matrix(head) if name == "unembed.W_U" else _bias(head)
-        return whole if anatomy.logit_scale == 1.0 else whole * anatomy.logit_scale
+        return _times(matrix(head) if name == "unembed.W_U" else _bias(head), anatomy.factors.logits)
     return None
 
 
@@ -96,16 +96,18 @@ def _block(name: str, anatomy: Anatomy) -> Tensor | None:
         return None
     parts, group, short = anatomy.parts[int(match[1])], match[2], match[3]
     if group in ("ln1", "ln2"):
-        return _norm(parts[group], short) if group in parts and short in "wb" else None
+        return _norm(parts[group], short, anatomy) if group in parts and short in "wb" else None
     if group == "attn" and short in ("W_O", "b_O"):
-        return w_o(parts["o"], anatomy.n_heads) if short == "W_O" else _bias(parts["o"])
+        return _times(w_o(parts["o"], anatomy.n_heads) if short == "W_O" else _bias(parts["o"]), anatomy.factors.write)
     if group == "attn" and re.fullmatch("[Wb]_[QKV]", short):
         kind, which = short[0], short[2].lower()
         heads = anatomy.n_heads if which == "q" else anatomy.n_kv_heads
         flat = _projection(parts, which, kind, anatomy)
         return flat.unflatten(-1, (heads, -1)).movedim(-2, 0) if kind == "W" else flat.unflatten(-1, (heads, -1))
-    if group == "mlp":
-        return _mlp(parts, short, anatomy.family.fused == "blocks")
+    if group == "mlp" and "down" in parts:
+        if short in ("W_out", "b_out"):
+            return _times(matrix(parts["down"]) if short == "W_out" else _bias(parts["down"]), anatomy.factors.write)
+        return _mlp(parts, short, anatomy.family.gate_up)
     return None
 
 
@@ -122,10 +124,6 @@ def _projection(parts: dict[str, nn.Module], which: str, kind: str, anatomy: Ana
 
 def _mlp(parts: dict[str, nn.Module], short: str, joined: bool) -> Tensor | None:
     """In a gated MLP `W_gate` enters the activation and `W_in` is the linear input; otherwise `W_in` enters it."""
-    if short == "W_out":
-        return matrix(parts["down"])
-    if short == "b_out":
-        return _bias(parts["down"])
     if joined and short[2:] in ("gate", "in"):
         whole = matrix(parts["gate"]) if short[0] == "W" else _bias(parts["gate"])
         return whole.chunk(2, -1)[("gate", "in").index(short[2:])]
@@ -137,8 +135,14 @@ def _mlp(parts: dict[str, nn.Module], short: str, joined: bool) -> Tensor | None
     return _bias(entering) if short == "b_in" else None
 
 
-def _norm(module: nn.Module, short: str) -> Tensor:
-    weight = norm_weight(module)
+def _times(x: Tensor, factor: float | Tensor) -> Tensor:
+    """The tensor itself where there is nothing to multiply."""
+    return x if factor == 1.0 else x * factor
+
+
+def _norm(module: nn.Module, short: str, anatomy: Anatomy) -> Tensor:
+    embed: Any = anatomy.ends["embed"]
+    weight = norm_weight(module, embed.weight)
     bias: Tensor | None = getattr(module, "bias", None)
     return weight if short == "w" else (torch.zeros_like(weight) if bias is None else bias)
 

@@ -193,8 +193,14 @@ def check_additive(info: ModelInfo) -> None:
     """Whether a model has edges at all: each head and each MLP must add to the residual stream on its own.
 
     Raises:
-        UnsupportedFeatureError: a norm acts on what blocks write, or on the stream itself.
+        UnsupportedFeatureError: a norm acts on what blocks write, or on the stream itself; a mixture of experts.
     """
+    if info.n_experts:
+        raise UnsupportedFeatureError(
+            f"edges of {info.name!r} ({info.family})",
+            "its MLPs are mixtures of experts, in which the router reads the stream as well",
+            "score nodes instead: attribution_patching, activation_patching, path_patching",
+        )
     if info.post_norm or info.write_norm:
         raise UnsupportedFeatureError(
             f"edges of {info.name!r} ({info.family})",

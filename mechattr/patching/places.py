@@ -10,7 +10,15 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mechattr.errors import AlignmentError, EmptyTaskError, SettingError, UnknownNameError, UnknownSiteError, nearest
+from mechattr.errors import (
+    AlignmentError,
+    EmptyTaskError,
+    SettingError,
+    UnknownNameError,
+    UnknownSiteError,
+    UnsupportedFeatureError,
+    nearest,
+)
 from mechattr.models.base import Batch, HookedModel
 from mechattr.sites import SITES, expand, parse, site_spec
 from mechattr.tasks.task import Task
@@ -139,6 +147,7 @@ def node_sites(model: HookedModel, sites: str | Sequence[str]) -> tuple[str, ...
 
     Raises:
         UnknownSiteError: not a site, or not one of this model.
+        UnsupportedFeatureError: a site of experts.
         SettingError: no names.
     """
     if not isinstance(sites, Iterable):
@@ -150,6 +159,12 @@ def node_sites(model: HookedModel, sites: str | Sequence[str]) -> tuple[str, ...
         if short != name:
             raise UnknownSiteError(f"site {name!r}", "sites of a table are short names", f"use {short!r}")
         expand(short, model.sites())
+        if "expert" in SITES[short].axes:
+            raise UnsupportedFeatureError(
+                f"nodes at {short}",
+                "a node has no expert",
+                f"score mlp_out, or edit with Edit({short!r}, Zero(), experts=[...])",
+            )
         shorts.append(short)
     if not shorts:
         raise SettingError("sites", "an empty list", f"choose among {', '.join(DEFAULT_SITES)}, ...")

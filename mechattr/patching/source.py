@@ -103,6 +103,5 @@ def source_of(
 
 def shape_of(name: str, info: ModelInfo, rows: int, columns: int) -> tuple[int, ...]:
     """The shape of a site's activation on a batch of so many rows and columns."""
-    sizes = {"batch": rows, "pos": columns, "query": columns, "key": columns, "neuron": info.d_mlp}
-    sizes |= {"head": info.n_heads, "kv_head": info.n_kv_heads, "d_head": info.d_head, "d_model": info.d_model}
+    sizes = {"batch": rows, "pos": columns, "query": columns, "key": columns, **info.sizes}
     return tuple(sizes[axis] for axis in SITES[parse(name)[0]].axes)

@@ -11,6 +11,7 @@ from mechattr.models import Add, Batch, Edit, Set, Start
 from mechattr.sites import parse
 
 every_family = pytest.mark.parametrize("family", families.FAMILIES)
+SUMMED = ("result", "expert_out")  # taking these apart sums heads or experts in another order
 every_attention = pytest.mark.parametrize(("family", "attention"), families.ATTENTIONS)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
@@ -59,7 +60,7 @@ def check_bits(model):
 @every_attention
 def test_taps_outside_scores_and_pattern_keep_every_bit(family, attention):
     model, batch = families.hooked(family, attention=attention), Batch.of(families.tokens())
-    sites = [name for name in model.sites() if parse(name)[0] not in ("attn_scores", "pattern", "result")]
+    sites = [name for name in model.sites() if parse(name)[0] not in ("attn_scores", "pattern", *SUMMED)]
     run = model.run(batch, record=sites)
     assert set(run.activations) == set(sites)
     assert torch.equal(run.logits, model.run(batch).logits)
@@ -69,7 +70,7 @@ def test_taps_outside_scores_and_pattern_keep_every_bit(family, attention):
 def test_with_all_taps_logits_stay_within_1e_5(family):
     model, batch = families.hooked(family), families.ragged("left")
     run = model.run(batch, record=model.sites(), metric=families.probe, gradients=model.sites())
-    same(run.logits[batch.mask], model.run(batch).logits[batch.mask], 1e-5)  # `result` sums heads in another order
+    same(run.logits[batch.mask], model.run(batch).logits[batch.mask], 1e-5)  # sums over heads and experts
 
 
 @every_family
@@ -121,7 +122,7 @@ def test_an_edit_that_changes_nothing_changes_no_bit(family):
         itself = model.run(batch, record=[short]).activations
         for op, positions in ((lambda x, place: x, None), (Set(itself), None), (Set(itself), [0])):
             edited = model.run(batch, edits=[Edit(short, op, positions=positions)]).logits
-            if short == "result":
+            if short in SUMMED:
                 same(edited[batch.mask], plain[batch.mask], 1e-5)  # the sum over heads is taken in another order
             else:
                 assert torch.equal(edited, plain), short
@@ -140,11 +141,12 @@ def test_patching_every_position_at_the_embedding_gives_the_other_run(family):
 def test_a_run_from_a_cached_residual_equals_the_whole_run(family):
     model, batch = families.hooked(family), families.ragged("left")
     edit = Edit("z", Add(0.5), layers=[1], heads=[1], positions=[-1])
-    whole = model.run(batch, edits=[edit], record=("resid_pre", "mlp_out"), metric=families.probe, gradients="mlp_post")
+    inside = families.inside_mlp(model)
+    whole = model.run(batch, edits=[edit], record=("resid_pre", "mlp_out"), metric=families.probe, gradients=inside)
     for layer in range(model.info.n_layers):
         start = Start(layer, whole.activations["resid_pre", layer].values)
         sites = [n for n in model.sites() if parse(n)[0] == "mlp_out" and parse(n)[1] >= layer]
-        nodes = [n for n in model.sites() if parse(n)[0] == "mlp_post" and parse(n)[1] >= layer]
+        nodes = [n for n in model.sites() if parse(n)[0] == inside and parse(n)[1] >= layer]
         part = model.run(batch, edits=[edit], record=sites, metric=families.probe, gradients=nodes, start=start)
         assert torch.equal(part.logits, whole.logits)
         assert all(torch.equal(part.activations[n].values, whole.activations[n].values) for n in sites)

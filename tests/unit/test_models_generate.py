@@ -31,8 +31,8 @@ def strong(site: str, **selection) -> Edit:
 
 @pytest.mark.parametrize("family", DECODERS)
 def test_an_edit_of_strength_zero_gives_the_same_tokens(family):
-    batch = families.ragged("left")
-    edits = [Edit(site, Scale(1.0)) for site in ("resid_post", "z", "v", "k", "mlp_post", "pattern")]
+    batch, inside = families.ragged("left"), families.inside_mlp(families.hooked(family))
+    edits = [Edit(site, Scale(1.0)) for site in ("resid_post", "z", "v", "k", inside, "pattern")]
     assert torch.equal(continued(family, batch, *edits), continued(family, batch))
 
 

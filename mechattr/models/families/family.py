@@ -12,7 +12,10 @@ from typing import Any
 from mechattr.sites import SITES
 
 # The fields that are modules of a block.
-PARTS = ("ln1", "attn", "o", "attn_out", "ln2", "gate", "up", "act", "down", "mlp_out", "q", "k", "v", "qkv")
+PARTS = (
+    "ln1", "attn", "o", "attn_out", "ln2", "gate", "up", "act", "down", "router", "experts", "mlp_out",
+    "q", "k", "v", "qkv",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,11 +37,13 @@ class Family:
         act: the MLP's activation function.
         down: the last projection of the MLP.
         mlp_out: the module whose output is added to the residual stream.
+        router, experts: in a mixture of experts, the module that gives logits, scores and chosen experts, and the
+            module that runs the experts. `gate`, `up`, `act` and `down` are then `None`.
         final: the last norm.
         q, k, v: the projections, `None` where they are one fused module `qkv`.
         qkv: a fused projection.
-        fused: how it is split, see `mechattr.models.fused`; with `"blocks"` the MLP's gate and up are one module as
-            well.
+        fused: how it is split, see `mechattr.models.fused`.
+        gate_up: the MLP's gate and up are one module (gate | up), which stands in `gate`.
         kv_heads: key and value heads, where they are not the config's `num_key_value_heads`.
         rotary: positions are rotations of q and k.
         alibi: positions are a bias of the scores that falls with distance.
@@ -48,7 +53,8 @@ class Family:
         adapter: name in `mechattr.models.adapters`, for attention that does not go through transformers' interface.
         returns_tuple: a block returns a tuple that begins with the residual stream.
         adds_in_place: a block adds to its MLP's output in place.
-        norm: `"layer"`, `"rms"` or `"rms_plus_one"` (the weight is stored minus one).
+        norm: `"layer"` or `"rms"`, with `"_plus_one"` behind it where the weight is stored minus one.
+        multiplied: the config's embedding_multiplier, residual_multiplier and logits_scaling act (Granite).
         softmax_float32: eager attention takes its softmax in float32.
         encoder, post_norm: see `ModelInfo`.
         auto: transformers' class that loads it.
@@ -66,18 +72,22 @@ class Family:
     o: str = "self_attn.o_proj"
     attn_out: str = "self_attn"
     ln2: str | None = "post_attention_layernorm"
-    gate: str = "mlp.gate_proj"
+    gate: str | None = "mlp.gate_proj"
     up: str | None = "mlp.up_proj"
-    act: str = "mlp.act_fn"
-    down: str = "mlp.down_proj"
+    act: str | None = "mlp.act_fn"
+    down: str | None = "mlp.down_proj"
     mlp_out: str = "mlp"
+    router: str | None = None
+    experts: str | None = None
     final: str | None = "norm"
     q: str | None = "self_attn.q_proj"
     k: str | None = "self_attn.k_proj"
     v: str | None = "self_attn.v_proj"
     qkv: str | None = None
     fused: str | None = None
+    gate_up: bool = False
     kv_heads: int | None = None
+    multiplied: bool = False
     rotary: bool = True
     alibi: bool = False
     position_table: bool = False
@@ -130,7 +140,11 @@ def short_sites(family: Family, parts: Collection[str] | None = None) -> tuple[s
         "ln1_scale": "ln1" not in parts,
         "ln2": "ln2" not in parts,
         "ln2_scale": "ln2" not in parts,
-        "mlp_pre_linear": "up" not in parts and family.fused != "blocks",
+        "mlp_pre": "gate" not in parts,
+        "mlp_pre_linear": "up" not in parts and not family.gate_up,
+        "mlp_post": "down" not in parts,
+        "router_logits": "router" not in parts,
+        "expert_out": "experts" not in parts,
         "ln_final": family.final is None,
         "ln_final_scale": family.final is None,
     }
