@@ -28,12 +28,14 @@ ATTENTIONS = tuple(
 )
 _ACTIVATIONS = {
     "silu": F.silu, "gelu": F.gelu, "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
     **dict.fromkeys(("gelu_new", "gelu_pytorch_tanh"), lambda x: F.gelu(x, approximate="tanh")),
 }  # fmt: skip
 # One of each shape of block and of attention, for what works on sites alone and takes long
 SHAPES = (
     *("gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "olmo2", "opt"),
     *("gpt_neox", "gpt_neox_sequential", "phi", "falcon_groups", "bloom", "bert", "modernbert"),
+    *("granite", "nemotron", "olmo", "mixtral", "gpt_oss"),
 )
 configs = small_configs
 model = small_model

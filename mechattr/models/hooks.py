@@ -24,7 +24,7 @@ class Hooks:
         self.stack.callback(module.register_forward_hook(hook).remove)
 
     def on_input(self, module: nn.Module, change: Callable[[Tensor], Tensor], *, name: str = "hidden_states") -> None:
-        def hook(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        def hook(_m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
             if args:
                 return (change(args[0]), *args[1:]), kwargs
             return args, {**kwargs, name: change(kwargs[name])}

@@ -60,6 +60,7 @@ def test_looking_leaves_nothing_behind() -> None:
 
 PHI = Family(
     gate="mlp.gate_up_proj",
+    gate_up=True,
     up=None,
     act="mlp.activation_fn",
     q=None,

@@ -49,7 +49,7 @@ NORMED = [f for f in families.FAMILIES if f == "modernbert" or f not in families
 def test_norms_are_what_the_modules_compute(family):
     model = families.hooked(family)
     assert_norms(model, 1e-5)  # float32
-    if family != "olmo2":  # there the final norm is the only one
+    if family not in ("olmo", "olmo2", "olmo3", "exaone4"):  # norms without weights, or the final norm only
         with pytest.raises(AssertionError):  # control
             assert_norms(model, 1e-5, swapped=True)
 
@@ -80,7 +80,7 @@ def test_unknown_norms_are_refused():
 
 def test_families_whose_writes_go_through_a_norm():
     found = {family for family in families.FAMILIES if families.hooked(family).info.write_norm}
-    assert found == {"gemma2", "gemma3", "olmo2"}
+    assert found == {"gemma2", "gemma3", "glm4", "olmo2", "olmo3", "exaone4"}
     assert not plain_model(PlainConfig()).info.write_norm
 
 
@@ -110,8 +110,10 @@ def assert_attention(model, tolerance: float, **wrong: Any) -> None:
         masked = recorded < -1e30
         close = {"rtol": 0, "atol": tolerance * float(recorded[~masked].abs().max())}
         torch.testing.assert_close(scores[~masked], recorded[~masked], **close)
-        assert form.sinks is None
-        found = scores.masked_fill(masked, -torch.inf).softmax(-1)
+        scores = scores.masked_fill(masked, -torch.inf)
+        if form.sinks is not None and wrong.get("sinks", True):
+            scores = torch.cat([scores, form.sinks[None, :, None, None].expand(*scores.shape[:3], 1)], -1)
+        found = scores.softmax(-1)[..., : k.shape[1]]
         torch.testing.assert_close(found, pattern, rtol=0, atol=10 * close["atol"])  # exp magnifies
 
 
@@ -120,7 +122,10 @@ def test_attention_forms_reproduce_the_pattern(family):
     model = families.hooked(family)
     assert_attention(model, 1e-5)  # float32
     wrong = {"scaling": 1.1 * model.attention(0).scaling}
-    special = {"gemma2": {"softcap": 300.0}, "bloom": {"alibi": 0.0}, "falcon_alibi": {"alibi": 0.5}}.get(family)
+    special = {
+        "gemma2": {"softcap": 300.0}, "gpt_oss": {"sinks": False},
+        "bloom": {"alibi": 0.0}, "falcon_alibi": {"alibi": 0.5},
+    }.get(family)  # fmt: skip
     rotated = {"sites": ""} if model.info.rotary else None  # q and k before their rotation
     for control in filter(None, (wrong, special, rotated)):
         with pytest.raises(AssertionError):
