@@ -80,6 +80,7 @@ ROWS: dict[str, Family] = {
         v=None,
         qkv="attn.Wqkv",
         fused="blocks",
+        gate_up=True,
         norm="layer",
         auto="AutoModelForMaskedLM",
         encoder=True,
