@@ -102,6 +102,13 @@ def localise(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps, ...")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, float64, bfloat16, ...")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Rows of one forward pass.")] = None,
+    executor: Annotated[
+        Literal["inprocess", "ray"] | None, typer.Option(help="Run the pairs in blocks, here or on a Ray cluster.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Blocks that --executor ray runs at once.")] = None,
+    cluster: Annotated[
+        str | None, typer.Option(help='A running Ray cluster: "auto" or host:port; by default one is started.')
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a result made with other settings.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
 ) -> None:
@@ -110,7 +117,13 @@ def localise(
         raise typer.BadParameter("give exactly one of --task and --pairs")
     if (task == "resampled") != (texts is not None):
         raise typer.BadParameter("--texts FILE and --task resampled go together")
+    if executor != "ray" and (workers is not None or cluster is not None):
+        raise typer.BadParameter("--workers and --cluster go with --executor ray")
     chosen: dict[str, Any] = {} if variant is None else {"variant": variant}
+    if executor is not None:
+        from mechattr.engines.ray_executor import RayExecutor
+
+        chosen["executor"] = RayExecutor(workers=workers, address=cluster) if executor == "ray" else executor
     loaded = ma.load(model, device=device, dtype=dtype)
     result = ma.report.localise(
         loaded,

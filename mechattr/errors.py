@@ -66,6 +66,10 @@ class BackendError(MechattrError, ImportError):
     """An optional backend cannot be imported; the rest of the package works without it."""
 
 
+class ExecutorError(MechattrError, RuntimeError):
+    """A block of work failed for good, or the cluster that it should run on is not there."""
+
+
 class AxisError(MechattrError, ValueError):
     """Labelled tensors with different axes or coordinates were combined, or an axis does not exist."""
 

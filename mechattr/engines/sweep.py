@@ -37,15 +37,19 @@ class Journal:
             fix = "give the path of a file, or None"
             raise SettingError(f"resume={path!r}", f"a {type(path).__name__}, no path", fix)
         self.path = None if path is None else Path(path)
-        self.done = {} if self.path is None else _read(self.path, key)
+        self.done: dict[int, list[Any]] = {} if self.path is None else _read(self.path, key)
 
     def numbers(self, chunk: int, compute: Callable[[], list[float]], n: int | None = None) -> list[float]:
         """The numbers of a chunk, computed and noted unless they are there already: `n` of them, where it is given."""
         if chunk not in self.done or n not in (None, len(self.done[chunk])):
-            self.done[chunk] = compute()
-            if self.path is not None:
-                _append(self.path, {"chunk": chunk, "values": self.done[chunk]})
+            self.note(chunk, compute())
         return self.done[chunk]
+
+    def note(self, chunk: int, values: list[Any]) -> None:
+        """Notes what a chunk gave: numbers, or anything else that is JSON."""
+        self.done[chunk] = values
+        if self.path is not None:
+            _append(self.path, {"chunk": chunk, "values": values})
 
 
 def sweep(
@@ -84,7 +88,7 @@ def sweep(
     return found
 
 
-def _read(path: Path, key: Mapping[str, Any]) -> dict[int, list[float]]:
+def _read(path: Path, key: Mapping[str, Any]) -> dict[int, list[Any]]:
     """The finished chunks of a journal; mends its end, or begins it."""
     header = _line({"journal": 1, **key})
     text = path.read_bytes() if path.is_file() else b""
@@ -96,7 +100,7 @@ def _read(path: Path, key: Mapping[str, Any]) -> dict[int, list[float]]:
         return {}
     first, *lines = text.split(b"\n")
     _check_header(path, _json(first), json.loads(header))
-    done: dict[int, list[float]] = {}
+    done: dict[int, list[Any]] = {}
     whole = len(first) + 1
     for line in lines[:-1]:  # what follows the last newline was cut off
         entry = _json(line)

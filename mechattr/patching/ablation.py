@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 
 from mechattr.artifact import Attribution
+from mechattr.engines.executors import Executor
+from mechattr.engines.spread import spread
 from mechattr.engines.sweep import sweep
 from mechattr.errors import (
     AlignmentError,
@@ -23,11 +25,12 @@ from mechattr.errors import (
 )
 from mechattr.models.base import HookedModel
 from mechattr.patching.interventions import Interventions, Values, rows_of, whole_number
-from mechattr.patching.nodes import NodeTable, every_node, table_of
-from mechattr.patching.places import DEFAULT_SITES, Places, Positions, check_call, mode_of, node_sites, places_of
+from mechattr.patching.nodes import NodeTable, asked
+from mechattr.patching.places import DEFAULT_SITES, Places, Positions, check_call, places_of
 from mechattr.patching.replacements import ByPlace, Means, Others, Zeros
 from mechattr.patching.settings import provenance_of, settings_of
 from mechattr.sites import SITES, Node
+from mechattr.tasks.block import Block, whole_of
 from mechattr.tasks.task import Task
 
 KINDS = ("mean", "zero", "resample")
@@ -46,6 +49,7 @@ def ablation(
     batch_size: int | None = None,
     progress: bool | None = None,
     resume: Path | None = None,
+    executor: str | Executor | None = None,
 ) -> Attribution:
     r"""Measures the effect of removing each node from the clean run.
 
@@ -77,6 +81,7 @@ def ablation(
             out.
         progress: `None` shows a bar on a terminal only.
         resume: a journal; a sweep that was killed goes on from it and returns the same result.
+        executor: `"ray"`, `"inprocess"` or an executor, to run the pairs block by block elsewhere; see `docs/scale.md`.
 
     Returns:
         Tables as those of `activation_patching` under noising: `contribution` is the metric that is lost. Corrupt
@@ -93,6 +98,7 @@ def ablation(
         EmptyTaskError: no pairs or no nodes.
         NonFiniteError: a run has NaN or infinity.
         OutputExistsError: the journal belongs to another sweep.
+        ExecutorError: a block failed for good.
 
     Cost:
         1 forward pass a pair; for `"mean"` 1 more for each prompt of the reference, for `"resample"` 1 more a pair; and
@@ -104,14 +110,13 @@ def ablation(
         al. 2022, Causal Scrubbing.
     """
     check_call("ablation", model, task)
+    if executor is not None:
+        cut = ("nodes", lambda: asked(model, task, sites, nodes, positions)[0].nodes())
+        return spread(ablation, **locals())
     whole_number("seed", seed, 0)
     if kind not in KINDS:
         raise UnknownNameError(f"ablation of kind {kind!r}", "no such kind", nearest(str(kind), KINDS))
-    if nodes is not None:
-        table, mode = table_of(model, task, nodes, positions)
-    else:
-        mode = mode_of(task, positions)
-        table = every_node(model, node_sites(model, sites), places_of(task, mode))
+    table, mode = asked(model, task, sites, nodes, positions)
     _check_sites(table, kind)
     rows = rows_of(task.clean, batch_size)
     places = places_of(task, mode)
@@ -153,7 +158,7 @@ def ablation(
         base=run.base_metric,
         source=None,
         passes=(float(len(task) + spent) + run.forward, 0.0),
-        trivial=int((~run.ran).sum()),
+        trivial=~run.ran,
         kind=kind,
         n_nodes=len(table),
         reference_hash=None if reference is None else reference.hash(),
@@ -181,7 +186,8 @@ def _check_sites(table: NodeTable, kind: str) -> None:
 def _reference(task: Task, reference: Task | None, kind: str, mode: Positions, places: Places) -> tuple[Task, Places]:
     """The reference and its places, in the order of the task's."""
     if reference is None:
-        return task, places
+        whole = whole_of(task)
+        return whole, places if whole is task else places_of(whole, mode)
     if not isinstance(reference, Task):
         raise SettingError("reference", f"a {type(reference).__name__}", "give a task, whose clean prompts are used")
     if kind == "zero":
@@ -203,6 +209,9 @@ def _reference(task: Task, reference: Task | None, kind: str, mode: Positions, p
 
 def _others(task: Task, reference: Task | None, seed: int) -> list[int]:
     """For each pair the row that its values are taken from: of the reference, or else of another pair."""
+    if isinstance(task, Block):
+        chosen = _others(task.whole, reference, seed)
+        return [chosen[pair] for pair in task.index]
     generator = torch.Generator().manual_seed(seed)
     if reference is not None:
         return torch.randint(len(reference), (len(task),), generator=generator).tolist()

@@ -17,18 +17,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mechattr.artifact import Attribution, Cache
+from mechattr.engines.executors import Executor
+from mechattr.engines.spread import spread
 from mechattr.engines.sweep import sweep
 from mechattr.models.base import HookedModel
 from mechattr.patching.interventions import Interventions, rows_of
-from mechattr.patching.nodes import every_node, table_of
+from mechattr.patching.nodes import asked
 from mechattr.patching.places import (
     DEFAULT_SITES,
     Positions,
     base_and_source,
     check_call,
     direction_of,
-    mode_of,
-    node_sites,
     places_of,
 )
 from mechattr.patching.settings import provenance_of, settings_of
@@ -49,6 +49,7 @@ def activation_patching(
     batch_size: int | None = None,
     progress: bool | None = None,
     resume: Path | None = None,
+    executor: str | Executor | None = None,
 ) -> Attribution:
     r"""Measures the effect of replacing each node by its value on the other prompt.
 
@@ -72,6 +73,7 @@ def activation_patching(
             out.
         progress: `None` shows a bar on a terminal only.
         resume: a journal; a sweep that was killed goes on from it and returns the same result.
+        executor: `"ray"`, `"inprocess"` or an executor, to run the pairs block by block elsewhere; see `docs/scale.md`.
 
     Returns:
         `scores[site]` and `signed[site]` as `attribution_patching` returns them; NaN where a node was not asked for.
@@ -86,6 +88,7 @@ def activation_patching(
         MismatchError: `source` does not belong to this model and task, or lacks a site.
         NonFiniteError: a run has NaN or infinity.
         OutputExistsError: the journal belongs to another sweep.
+        ExecutorError: a block failed for good.
 
     Cost:
         2 forward passes a pair (1 with `source`), and (L - layer)/L of one for each node of each pair whose activation
@@ -95,12 +98,11 @@ def activation_patching(
         Vig et al. 2020, Causal Mediation Analysis; Kramár et al. 2024, arXiv:2403.00745, equation 1.
     """
     check_call("activation patching", model, task)
+    if executor is not None:
+        cut = ("nodes", lambda: asked(model, task, sites, nodes, positions)[0].nodes())
+        return spread(activation_patching, **locals())
     way = direction_of(direction)
-    if nodes is not None:
-        table, mode = table_of(model, task, nodes, positions)
-    else:
-        mode = mode_of(task, positions)
-        table = every_node(model, node_sites(model, sites), places_of(task, mode))
+    table, mode = asked(model, task, sites, nodes, positions)
     base, other = base_and_source(task, way)
     there = source_of(model, other, task.metric, table.names, source)
     rows = rows_of(base, batch_size)
@@ -127,7 +129,7 @@ def activation_patching(
         source=run.source_metric or None,
         source_sha256=there.digest,
         passes=(float(forward), 0.0),
-        trivial=int((~run.ran).sum()),
+        trivial=~run.ran,
         n_nodes=len(table),
     )
     return Attribution(table.labelled(magnitude, signed), settings=settings, provenance=provenance_of(model, task))

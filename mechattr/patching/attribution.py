@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -23,8 +24,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mechattr.artifact import Attribution, Cache
+from mechattr.engines.executors import Executor
 from mechattr.engines.halving import Halving
-from mechattr.errors import NonFiniteError
+from mechattr.engines.spread import spread
+from mechattr.errors import NonFiniteError, SettingError
 from mechattr.labelled import Labelled
 from mechattr.models.base import HookedModel
 from mechattr.models.rules import Rules
@@ -67,6 +70,8 @@ def attribution_patching(
     checkpoint: bool = False,
     batch_size: int | None = None,
     progress: bool | None = None,
+    resume: Path | None = None,
+    executor: str | Executor | None = None,
 ) -> Attribution:
     r"""Estimates the effect of replacing each node by its value on the other prompt.
 
@@ -115,6 +120,8 @@ def attribution_patching(
             numbers in less memory.
         batch_size: pairs at a time, 16 unless given; it halves itself when memory runs out.
         progress: `None` shows a bar on a terminal only.
+        resume: a journal of finished blocks, with `executor` only: a run that was killed goes on from it.
+        executor: `"ray"`, `"inprocess"` or an executor, to run the pairs block by block elsewhere; see `docs/scale.md`.
 
     Returns:
         `scores[site]` and `signed[site]`, axes `layer`, `pos` (unless merged), and `head`, `kv_head` or `neuron`; in
@@ -131,6 +138,7 @@ def attribution_patching(
             `"graddrop"` or `"star"` on a network with a single write.
         UnsupportedFeatureError: `"graddrop"` or `"star"` on a model whose norms act on the residual stream, or
             `checkpoint` on a backend without it.
+        ExecutorError: a block failed for good.
 
     Cost:
         2 forward passes (1 with `source`) and 1 backward pass a pair, for all nodes together, and what the table adds:
@@ -142,6 +150,11 @@ def attribution_patching(
         Nanda 2023, Attribution Patching; Kramár et al. 2024, AtP*, arXiv:2403.00745 (equations 4 to 12).
     """
     check_call("attribution patching", model, task)
+    if executor is not None:
+        return spread(attribution_patching, **locals())
+    if resume is not None:
+        fix = "give an executor, such as 'inprocess', or leave resume out"
+        raise SettingError(f"resume={str(resume)!r}", "no executor: without blocks there is nothing to keep", fix)
     chosen, _, left_out = variant_of(model.info, model.sites(), variant, unit)
     way = direction_of(direction)
     shorts = node_sites(model, sites)
@@ -212,9 +225,9 @@ class _Sums:
             effect = _Effect(score.sum(0), signed.sum(0), effects.differs[name].any(0))
             self.total[name] = self.total[name].plus(effect) if name in self.total else effect
 
-    def trivial(self) -> int:
-        """Nodes whose activation is the same on both prompts of every pair."""
-        return sum(int((~self.total[name].differs).sum()) for names in self.full.values() for name in names)
+    def trivial(self) -> Tensor:
+        """Of each node, whether its activation is the same on both prompts of every pair."""
+        return torch.cat([~self.total[name].differs.flatten() for names in self.full.values() for name in names])
 
     def tables(self, n: int) -> dict[str, Labelled]:
         """Means over `n` pairs by site.

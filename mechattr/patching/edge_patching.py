@@ -21,7 +21,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from mechattr.engines.executors import Executor
 from mechattr.engines.halving import Halving
+from mechattr.engines.spread import spread
 from mechattr.engines.sweep import sweep
 from mechattr.errors import EmptyTaskError, SettingError
 from mechattr.models.base import Batch, HookedModel, Start
@@ -45,6 +47,7 @@ def edge_patching(
     batch_size: int | None = None,
     progress: bool | None = None,
     resume: Path | None = None,
+    executor: str | Executor | None = None,
 ) -> EdgeAttribution:
     r"""Measures the effect of each edge by running the model with it patched.
 
@@ -64,6 +67,7 @@ def edge_patching(
             out.
         progress: `None` shows a bar on a terminal only.
         resume: a journal; a sweep that was killed goes on from it and returns the same result.
+        executor: `"ray"`, `"inprocess"` or an executor, to run the pairs block by block elsewhere; see `docs/scale.md`.
 
     Returns:
         `score` (mean over pairs of |effect|) and `signed` (mean effect) by source and target; NaN where an edge was not
@@ -77,6 +81,7 @@ def edge_patching(
         EmptyTaskError: no pairs or no edges.
         NonFiniteError: a run has NaN or infinity.
         OutputExistsError: the journal belongs to another sweep.
+        ExecutorError: a block failed for good.
 
     Cost:
         2 forward passes a pair, and (L - layer)/L of one for each edge into a layer and each pair in which its writer
@@ -86,6 +91,8 @@ def edge_patching(
         Goldowsky-Dill et al. 2023, arXiv:2304.05969; Conmy et al. 2023, arXiv:2304.14997.
     """
     check_call("edge patching", model, task)
+    if executor is not None:
+        return spread(edge_patching, **locals())
     way = direction_of(direction)
     places_of(task, "all")  # raises where the two prompts of a pair are padded differently
     wiring = Wiring(model)
@@ -113,7 +120,7 @@ def edge_patching(
         base=trials.base_metric,
         source=trials.source_metric,
         passes=(2.0 * len(task) + trials.forward, 0.0),
-        trivial=int((~trials.ran).sum()),
+        trivial=~trials.ran,
         n_edges=len(chosen),
         n_layers=graph.n_layers,
         n_heads=graph.n_heads,

@@ -9,6 +9,7 @@ two prompts.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,8 +17,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mechattr.engines import quadrature
+from mechattr.engines.executors import Executor
 from mechattr.engines.halving import Halving
-from mechattr.errors import NonFiniteError, UnknownNameError, nearest
+from mechattr.engines.spread import spread
+from mechattr.errors import NonFiniteError, SettingError, UnknownNameError, nearest
 from mechattr.models.base import Batch, HookedModel
 from mechattr.models.edits import Edit
 from mechattr.models.operators import Set
@@ -49,6 +52,8 @@ def edge_attribution(
     checkpoint: bool = False,
     batch_size: int | None = None,
     progress: bool | None = None,
+    resume: Path | None = None,
+    executor: str | Executor | None = None,
 ) -> EdgeAttribution:
     r"""Estimates the effect of replacing what each edge carries by its value on the other prompt.
 
@@ -79,6 +84,8 @@ def edge_attribution(
         batch_size: pairs at a time; otherwise up to 16, fewer where the runs of so many would not fit 512 MB; it halves
             itself when memory runs out.
         progress: `None` shows a bar on a terminal only.
+        resume: a journal of finished blocks, with `executor` only: a run that was killed goes on from it.
+        executor: `"ray"`, `"inprocess"` or an executor, to run the pairs block by block elsewhere; see `docs/scale.md`.
 
     Returns:
         `score` and `signed`, axes `source` and `target`, NaN where there is no edge; in the metric's unit.
@@ -91,6 +98,7 @@ def edge_attribution(
         AlignmentError: prompts of a pair with different lengths.
         EmptyTaskError: no pairs.
         NonFiniteError: the metric is NaN or infinite, or a gradient or an activation overflows in a narrow dtype.
+        ExecutorError: a block failed for good.
 
     Cost:
         A pair: 2 forward and 1 backward pass for `"eap"`, 2 and 2 for `"clean_corrupted"`, `steps` + 2 forward (less
@@ -103,6 +111,11 @@ def edge_attribution(
         Syed et al. 2023, arXiv:2310.10348 (EAP); Hanna et al. 2024, arXiv:2403.17806 (EAP-IG).
     """
     check_call("edge attribution", model, task)
+    if executor is not None:
+        return spread(edge_attribution, **locals())
+    if resume is not None:
+        fix = "give an executor, such as 'inprocess', or leave resume out"
+        raise SettingError(f"resume={str(resume)!r}", "no executor: without blocks there is nothing to keep", fix)
     if method not in METHODS:
         raise UnknownNameError(f"method {method!r}", "no such method of edge attribution", nearest(method, METHODS))
     way = direction_of(direction)
@@ -141,7 +154,7 @@ def edge_attribution(
         base=[metric for metric, _, _ in seen],
         source=[metric for _, metric, _ in seen],
         passes=(float(n * forward), float(n * len(path))),
-        trivial=int(graph.mask[~sums.moved.cpu()].sum()),
+        trivial=graph.mask & ~sums.moved.cpu()[:, None],
         completeness=None if rules is not None else _completeness(seen),
         n_layers=graph.n_layers,
         n_heads=graph.n_heads,

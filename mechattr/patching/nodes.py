@@ -14,7 +14,16 @@ from torch import Tensor
 from mechattr.errors import EmptyTaskError, SettingError
 from mechattr.labelled import Labelled
 from mechattr.models.base import HookedModel
-from mechattr.patching.places import Places, Positions, feature_of, node_axes, node_sites, places_of, taken_at
+from mechattr.patching.places import (
+    Places,
+    Positions,
+    feature_of,
+    mode_of,
+    node_axes,
+    node_sites,
+    places_of,
+    taken_at,
+)
 from mechattr.sites import SITES, Node, full_name, parse
 from mechattr.tasks.task import Task
 
@@ -56,6 +65,22 @@ class NodeTable:
     def of_layer(self, layer: int | None) -> Tensor:
         """Indices of the nodes of one layer."""
         return (self.layer == (NONE if layer is None else layer)).nonzero()[:, 0]
+
+    def nodes(self) -> list[Node]:
+        """The nodes one by one."""
+        site = [""] * len(self)
+        for short, (_, _, mine, _) in self.tables.items():
+            for i in mine.tolist():
+                site[i] = short
+        found = []
+        for short, layer, place, feature in zip(
+            site, self.layer.tolist(), self.place.tolist(), self.feature.tolist(), strict=True
+        ):
+            kind = "neuron" if feature_of(short) == "neuron" else "head"
+            which = {} if feature == NONE else {kind: feature}
+            pos = self.labels[place] if self.labels else None
+            found.append(Node(short, None if layer == NONE else layer, pos, **which))
+        return found
 
     def hash(self) -> str:
         """sha256 of the nodes."""
@@ -128,6 +153,21 @@ def every_node(model: HookedModel, sites: Sequence[str], places: Places) -> Node
         )
         columns.append(grid)
     return _build(model, tuple(sites), torch.cat(columns), places.labels)
+
+
+def asked(
+    model: HookedModel,
+    task: Task,
+    sites: str | Sequence[str],
+    nodes: Sequence[Node] | None,
+    positions: Positions | None,
+) -> tuple[NodeTable, Positions]:
+    """The table of given nodes or, without any, of all nodes of some sites, and what their positions mean; errors are
+    those of `table_of`, `node_sites`, `mode_of` and `places_of`."""
+    if nodes is not None:
+        return table_of(model, task, nodes, positions)
+    mode = mode_of(task, positions)
+    return every_node(model, node_sites(model, sites), places_of(task, mode)), mode
 
 
 def table_of(

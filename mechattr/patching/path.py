@@ -21,6 +21,8 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from mechattr.artifact import Attribution
+from mechattr.engines.executors import Executor
+from mechattr.engines.spread import spread
 from mechattr.engines.sweep import sweep
 from mechattr.errors import EmptyTaskError, SettingError, UnknownNameError, nearest
 from mechattr.models.base import Batch, HookedModel, Metric, Start
@@ -49,6 +51,7 @@ def path_patching(
     batch_size: int | None = None,
     progress: bool | None = None,
     resume: Path | None = None,
+    executor: str | Executor | None = None,
 ) -> Attribution:
     r"""Measures the effect of each sender on the metric through the receivers only.
 
@@ -73,6 +76,7 @@ def path_patching(
             out.
         progress: `None` shows a bar on a terminal only.
         resume: a journal; a sweep that was killed goes on from it and returns the same result.
+        executor: `"ray"`, `"inprocess"` or an executor, to run the pairs block by block elsewhere; see `docs/scale.md`.
 
     Returns:
         `scores[site]` and `signed[site]` of the senders, NaN where one was not asked for. A sender above all receivers
@@ -86,6 +90,7 @@ def path_patching(
         EmptyTaskError: no pairs, senders or receivers.
         NonFiniteError: a run has NaN or infinity.
         OutputExistsError: the journal belongs to another sweep.
+        ExecutorError: a block failed for good.
 
     Cost:
         2 forward passes a pair, and for each sender of each pair that changes and lies below a receiver
@@ -95,6 +100,8 @@ def path_patching(
         Wang et al. 2023, arXiv:2211.00593; Goldowsky-Dill et al. 2023, arXiv:2304.05969.
     """
     check_call("path patching", model, task)
+    if executor is not None:
+        return spread(path_patching, **locals())
     if mlps not in MLPS:
         raise UnknownNameError(f"mlps={mlps!r}", "no such treatment of MLPs", nearest(mlps, MLPS))
     receivers = list(receivers) if isinstance(receivers, Iterable) else [receivers]
@@ -137,7 +144,7 @@ def path_patching(
         base=run.base_metric,
         source=run.source_metric,
         passes=(2 * len(task) + run.forward, 0.0),
-        trivial=int((~run.ran).sum()),
+        trivial=~run.ran,
         n_nodes=len(table),
         receivers=[str(node) for node in receivers],
         mlps=mlps,

@@ -6,11 +6,15 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import torch
+from jaxtyping import Bool
+from torch import Tensor
 
 from mechattr.models.base import HookedModel
 from mechattr.patching.places import Direction
 from mechattr.provenance import JSON, provenance
+from mechattr.tasks.block import Block
 from mechattr.tasks.task import Task
 
 
@@ -24,7 +28,7 @@ def settings_of(
     base: Sequence[float],
     source: Sequence[float] | None,
     passes: tuple[float, float],
-    trivial: int,
+    trivial: Bool[Tensor, "..."] | int,
     **more: Any,
 ) -> dict[str, Any]:
     """The settings of an `Attribution`.
@@ -38,7 +42,8 @@ def settings_of(
         base: the metric of the base run by pair.
         source: that of the source run, where it was run.
         passes: forward and backward, in prompt rows.
-        trivial: number of nodes whose effect is zero by construction: their activation is the same in both runs.
+        trivial: the nodes whose effect is zero by construction, or how many they are: their activation is the same in
+            both runs. A block keeps which they are, in `"trivial"`, since another block may say otherwise.
         **more: what else identifies the result.
     """
     clean, corrupt = (base, source) if direction == "noising" else (source, base)
@@ -55,9 +60,15 @@ def settings_of(
         "clean_metric": clean,
         "corrupt_metric": corrupt,
         "passes": {"forward": passes[0], "backward": passes[1]},
-        "n_trivial_zero": trivial,
+        "n_trivial_zero": trivial if isinstance(trivial, int) else int(trivial.sum()),
+        **({"trivial": _bits(trivial)} if isinstance(task, Block) and isinstance(trivial, Tensor) else {}),
         **more,
     }
+
+
+def _bits(mask: Bool[Tensor, "..."]) -> str:
+    """A mask as hexadecimal digits, eight entries in two of them."""
+    return np.packbits(mask.cpu().flatten().numpy()).tobytes().hex()
 
 
 def provenance_of(model: HookedModel, task: Task) -> dict[str, JSON]:

@@ -19,6 +19,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechattr.artifact import Attribution
+from mechattr.engines.executors import Executor
+from mechattr.engines.spread import spread
 from mechattr.engines.sweep import sweep
 from mechattr.errors import SettingError, UnknownNameError, nearest
 from mechattr.models.base import Batch, HookedModel
@@ -49,6 +51,7 @@ def causal_tracing(
     batch_size: int | None = None,
     progress: bool | None = None,
     resume: Path | None = None,
+    executor: str | Executor | None = None,
 ) -> Attribution:
     r"""Measures how much of a prediction one clean activation restores after the prompt's subject was blurred.
 
@@ -76,6 +79,7 @@ def causal_tracing(
             out.
         progress: `None` shows a bar on a terminal only.
         resume: a journal; a sweep that was killed goes on from it and returns the same result.
+        executor: `"ray"`, `"inprocess"` or an executor, to run the pairs block by block elsewhere; see `docs/scale.md`.
 
     Returns:
         Tables as those of `activation_patching` under denoising: `contribution` is the metric that is regained.
@@ -90,6 +94,7 @@ def causal_tracing(
         EmptyTaskError: no pairs.
         NonFiniteError: a run has NaN or infinity.
         OutputExistsError: the journal belongs to another sweep.
+        ExecutorError: a block failed for good.
 
     Cost:
         2 forward passes for each noise of each pair, one clean and one noised, and (L - lowest layer of the window)/L
@@ -101,6 +106,8 @@ def causal_tracing(
         10 noises, window 1 for the residual stream and 10 for MLP and attention.
     """
     check_call("causal tracing", model, task)
+    if executor is not None:
+        return spread(causal_tracing, **locals())
     whole_number("samples", samples, 1)
     whole_number("seed", seed, 0)
     if whole_number("window", window, 1) % 2 == 0:
@@ -149,7 +156,7 @@ def causal_tracing(
         base=noised,
         source=run.source_metric[::samples],
         passes=(float(2 * len(base)) + run.forward, 0.0),
-        trivial=int((~run.ran).sum()),
+        trivial=~run.ran,
         n_nodes=len(table),
         noised_metric=noised,
         noised_tokens=blurred.sum(1).tolist(),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mechattr import draw
+from mechattr.artifact import Attribution
 from mechattr.report import summary
 from mechattr.report.look import SCRIPT, STYLE
 from mechattr.report.record import artifacts
@@ -233,12 +234,19 @@ def _provenance(results: Results) -> str:
         "seed": str(key["seed"]),
         "versions": escape(", ".join(f"{name} {version}" for name, version in versions.items())),
         "task from": escape(results.record["task"]["citation"]),
+        "ran on": escape(_spread(results.exact)),
         "files": ", ".join(map(_code, artifacts(key).values())),
     }
     command = escape(results.record["command"])
     return (
         _facts({name: text for name, text in facts.items() if text}) + f"<p>To make it again:</p><pre>{command}</pre>"
     )
+
+
+def _spread(result: Attribution) -> str:
+    """How the exact check was cut, where an executor ran it."""
+    made: Any = result.settings.get("executor")
+    return "" if made is None else f"executor {made['name']}, {made['blocks']} blocks of up to {made['pairs']} pairs"
 
 
 def _code(text: str) -> str:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import base64
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from html import escape
@@ -23,6 +24,7 @@ from typing import Any
 
 from mechattr.artifact import Attribution
 from mechattr.artifact import open as open_artifact
+from mechattr.engines.executors import NAMES, Executor, executor_of
 from mechattr.errors import ArtifactError, EmptyTaskError, SettingError
 from mechattr.evaluation.faithfulness import faithfulness
 from mechattr.models.base import HookedModel
@@ -35,7 +37,19 @@ from mechattr.patching.graph import check_additive, count_edges
 from mechattr.patching.places import DEFAULT_SITES, Direction, Positions, direction_of, node_sites, places_of
 from mechattr.patching.variants import DEFAULT_VARIANT, variant_of
 from mechattr.report import figures, html, summary, tables
-from mechattr.report.record import FIGURES, PARTIAL, REPORT, TABLE, Record, artifacts, describe, prepare, read, write
+from mechattr.report.record import (
+    BLOCKS,
+    FIGURES,
+    PARTIAL,
+    REPORT,
+    TABLE,
+    Record,
+    artifacts,
+    describe,
+    prepare,
+    read,
+    write,
+)
 from mechattr.report.reproduce import PAIRS, command, pairs_jsonl
 from mechattr.report.results import Results, at_sites
 from mechattr.sites import parse
@@ -108,6 +122,7 @@ def localise(
     batch_size: int | None = None,
     overwrite: bool = False,
     progress: bool | None = None,
+    executor: str | Executor | None = None,
 ) -> Localisation:
     """Finds which components cause a behaviour: estimates all, checks the best exactly, and writes a report.
 
@@ -132,6 +147,8 @@ def localise(
         batch_size: prompt rows of one forward pass.
         overwrite: replace the result of other settings.
         progress: show progress bars.
+        executor: `"ray"`, `"inprocess"` or an executor, to run estimates, checks and edges block by block elsewhere;
+            the bound and the test of the circuit run here.
 
     Returns:
         The results and the path of the report.
@@ -142,6 +159,7 @@ def localise(
         SettingError: `top`, `bound` or `circuit` is not a count.
         UnknownSiteError, UnknownNameError: no such site, direction or kind of positions.
         AlignmentError: positions that are not comparable across the pairs.
+        BackendError, ExecutorError: Ray is not installed, there is no cluster, or a block failed for good.
 
     Cost: estimates take twice what `attribution_patching` states for the variant; each check takes up to one forward
         pass a pair and component, `top` + heads + MLPs in all; the bound takes its budget; edges and circuit take what
@@ -165,38 +183,50 @@ def localise(
     asked: dict[str, Any] = {"direction": direction, "sites": list(sites), "positions": where, "top": top, "seed": seed}
     asked |= {"variant": variant, "bound": bound, "circuit": circuit}
     folder = Path(out)
-    described = {**describe(model, task, asked), "command": command(model.info, task, asked, folder)}
+    spreading = None if executor is None else executor_of(executor)
+    words = {**asked, "executor": spreading.name if spreading and spreading.name in NAMES else None}
+    described = {**describe(model, task, asked), "command": command(model.info, task, words, folder)}
     record = prepare(folder, described, overwrite=overwrite)
     (folder / PAIRS).write_text(pairs_jsonl(task), encoding="utf-8")
     bars: dict[str, Any] = {"direction": direction, "progress": progress}
     rows: dict[str, Any] = {} if batch_size is None else {"batch_size": batch_size}
 
-    def estimate(at: Sequence[str], by: Positions) -> Attribution:
-        return attribution_patching(model, task, sites=at, variant=variant, positions=by, **bars, **rows)
+    def spread(name: str) -> dict[str, Any]:
+        return {} if spreading is None else {"executor": spreading, "resume": folder / BLOCKS[name]}
+
+    def estimate(name: str, at: Sequence[str], by: Positions) -> Attribution:
+        chosen = {"sites": at, "variant": variant, "positions": by, **spread(name)}
+        return attribution_patching(model, task, **chosen, **bars, **rows)
 
     def check(name: str, **what: Any) -> Attribution:
-        return activation_patching(model, task, resume=folder / PARTIAL[name], **what, **bars, **rows)
+        journal = spread(name) or {"resume": folder / PARTIAL[name]}
+        return activation_patching(model, task, **what, **journal, **bars, **rows)
 
     present = {parse(name)[0] for name in model.sites()}  # a model without MLPs has no mlp_out
     every_site = tuple(dict.fromkeys((*sites, *(site for site in figures.MAPS if site in present))))
     whole = tuple(site for site in figures.WHOLE if site in present)
-    attribution = _step(folder, record, "attribution", lambda: estimate(every_site, where))
-    best = at_sites(attribution, sites).top(top)
-    exact = _step(folder, record, "exact", lambda: check("exact", nodes=best))
-    whole_attribution = _step(folder, record, "whole_attribution", lambda: estimate(whole, "all"))
-    whole_exact = _step(folder, record, "whole_exact", lambda: check("whole_exact", sites=whole, positions="all"))
     found: dict[str, Any] = {}
-    if bound != 0:
-        journal = folder / PARTIAL["bound"]
-        chance: dict[str, Any] = {"sites": sites, "budget": bound, "seed": seed, "resume": journal, **rows}
-        bounding = partial(missed_effect_bound, model, task, verified=exact, progress=progress, **chance)
-        found["bound"] = _step(folder, record, "bound", bounding)
-    if circuit:
-        edges = _step(folder, record, "edges", partial(edge_attribution, model, task, **bars, **rows))
-        found["edges"] = edges
-        found["circuit"] = _step(folder, record, "circuit", lambda: extracted(edges, circuit))
-        testing = partial(faithfulness, model, task, edges, seed=seed, **bars, **rows)
-        found["faithfulness"] = _step(folder, record, "faithfulness", testing)
+    with nullcontext() if spreading is None else spreading.session():
+        attribution = _step(folder, record, "attribution", lambda: estimate("attribution", every_site, where))
+        best = at_sites(attribution, sites).top(top)
+        exact = _step(folder, record, "exact", lambda: check("exact", nodes=best))
+        whole_attribution = _step(
+            folder, record, "whole_attribution", lambda: estimate("whole_attribution", whole, "all")
+        )
+        whole_exact = _step(folder, record, "whole_exact", lambda: check("whole_exact", sites=whole, positions="all"))
+        if bound != 0:
+            journal = folder / PARTIAL["bound"]
+            chance: dict[str, Any] = {"sites": sites, "budget": bound, "seed": seed, "resume": journal, **rows}
+            bounding = partial(missed_effect_bound, model, task, verified=exact, progress=progress, **chance)
+            found["bound"] = _step(folder, record, "bound", bounding)
+        if circuit:
+            edges = _step(
+                folder, record, "edges", partial(edge_attribution, model, task, **spread("edges"), **bars, **rows)
+            )
+            found["edges"] = edges
+            found["circuit"] = _step(folder, record, "circuit", lambda: extracted(edges, circuit))
+            testing = partial(faithfulness, model, task, edges, seed=seed, **bars, **rows)
+            found["faithfulness"] = _step(folder, record, "faithfulness", testing)
     return _write(folder, Results(record, attribution, exact, whole_attribution, whole_exact, **found))
 
 
@@ -235,8 +265,8 @@ def _step(folder: Path, record: Record, name: str, make: Callable[[], Any]) -> A
     start = time.perf_counter()
     result = make()
     result.save(path)
-    if name in PARTIAL:
-        (folder / PARTIAL[name]).unlink(missing_ok=True)
+    for journal in (names[name] for names in (PARTIAL, BLOCKS) if name in names):
+        (folder / journal).unlink(missing_ok=True)
     record["seconds"][name] = round(time.perf_counter() - start, 3)
     write(folder, record)
     return result

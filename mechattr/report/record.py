@@ -24,6 +24,7 @@ ARTIFACTS = {
 BOUND = {"bound": "bound.safetensors"}
 CIRCUIT = {"edges": "edges.safetensors", "circuit": "circuit.safetensors", "faithfulness": "faithfulness.safetensors"}
 PARTIAL = {"exact": "exact.partial", "whole_exact": "whole_exact.partial", "bound": "bound.partial"}
+BLOCKS = {name: f"{name}.blocks" for name in (*ARTIFACTS, "edges")}  # journals of work that is spread
 TABLE, REPORT, FIGURES = "table.csv", "report.html", "figures"
 N_SAMPLES = 2
 N_ANSWERS = 3  # of each pair, where a set of answers counts
@@ -149,7 +150,7 @@ def _same(out: Path, record: Record) -> bool:
 
 def _clear(out: Path) -> None:
     """Removes what a run writes, and nothing else."""
-    every = (*ARTIFACTS.values(), *BOUND.values(), *CIRCUIT.values(), *PARTIAL.values())
+    every = (*ARTIFACTS.values(), *BOUND.values(), *CIRCUIT.values(), *PARTIAL.values(), *BLOCKS.values())
     for name in (RECORD, TABLE, REPORT, PAIRS, *every):
         (out / name).unlink(missing_ok=True)
     for suffix in ("png", "svg"):

@@ -28,7 +28,7 @@ def command(info: ModelInfo, task: Task, asked: Mapping[str, Any], out: Path) ->
     Args:
         info: the model.
         task: its prompt pairs.
-        asked: direction, sites, positions, top, variant, bound, circuit and seed of the run.
+        asked: direction, sites, positions, top, variant, bound, circuit, executor and seed of the run.
         out: its folder.
     """
     source: dict[str, Any] = {"model": info.name, "dtype": info.dtype}
@@ -41,7 +41,7 @@ def command(info: ModelInfo, task: Task, asked: Mapping[str, Any], out: Path) ->
         {"sites": ",".join(asked["sites"]), "positions": asked["positions"], "direction": asked["direction"]},
         {
             "top": asked["top"],
-            **{name: asked[name] for name in ("variant", "bound", "circuit") if asked[name] is not None},
+            **{name: asked[name] for name in ("variant", "bound", "circuit", "executor") if asked[name] is not None},
         },
         {"out": out if "task" in source else out.with_name(f"{out.name}-again")},
     ]
