@@ -6,6 +6,7 @@ error of mechattr's own is not repeated, since the same call would fail again.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -87,15 +88,15 @@ class InProcess:
             yield i, self._result(function, task)
 
     def _result(self, function: Callable[[Work], Result], task: Work) -> Result:
-        for attempt in range(self.retries + 1):
+        for attempt in itertools.count(1):
             try:
                 return function(task)
             except MechattrError:
                 raise
             except Exception as error:  # any other failure is what retries are for
-                if attempt == self.retries:
-                    raise failed(task, attempt + 1, error) from error
-        raise AssertionError("range has at least one attempt")
+                if attempt > self.retries:
+                    raise failed(task, attempt, error) from error
+        raise AssertionError
 
 
 def executor_of(executor: str | Executor) -> Executor:
@@ -137,6 +138,6 @@ def failed(task: object, attempts: int, error: BaseException) -> ExecutorError:
     cause = f"{type(error).__name__}: {text[-1] if text else 'no message'}"
     return ExecutorError(
         f"{task}",
-        f"it failed {attempts} times, the last time with {cause}",
+        f"failed attempts: {attempts}, the last with {cause}",
         "mend the cause and call again: with resume=PATH, blocks that are finished are not repeated",
     )

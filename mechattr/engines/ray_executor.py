@@ -212,5 +212,6 @@ def _tensor(kept: tuple[Any, ...]) -> Tensor:
     flat, dtype, sizes, strides, device, requires_grad, is_parameter = kept
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # "not writable": weights are only read
-        whole = torch.from_numpy(flat).view(dtype).to(device).as_strided(sizes, strides)
+        memory = torch.from_numpy(flat).view(dtype) if len(flat) else torch.empty(0, dtype=dtype)
+    whole = memory.to(device).as_strided(sizes, strides)
     return torch.nn.Parameter(whole, requires_grad) if is_parameter else whole.requires_grad_(requires_grad)

@@ -17,6 +17,7 @@ from packaging.requirements import Requirement
 import mechattr
 from mechattr import cli, doctor
 from mechattr.doctor import Finding
+from mechattr.engines.ray_executor import RayExecutor
 from mechattr.errors import UnknownModelError
 
 Output = Any  # of capsys
@@ -103,6 +104,17 @@ def test_localise_passes_every_option_on(calls: dict[str, Any], tmp_path: Path) 
             "overwrite": True,
         },
     )
+
+
+def test_localise_runs_on_an_executor(calls: dict[str, Any], tmp_path: Path, capsys: Output) -> None:
+    options = ("localise", "--model", "m", "--task", "ioi", "--out", tmp_path)
+    assert run(*options, "--executor", "inprocess") == 0
+    assert calls["localise"][1]["executor"] == "inprocess"
+    assert run(*options, "--executor", "ray", "--workers", 3, "--cluster", "auto") == 0
+    assert calls["localise"][1]["executor"] == RayExecutor(workers=3, address="auto")
+    for wrong in (("--workers", 2), ("--executor", "inprocess", "--cluster", "auto")):
+        assert run(*options, *wrong) == 2
+        assert "--workers and --cluster go with --executor ray" in capsys.readouterr().err
 
 
 def test_localise_shows_a_table_and_where_the_report_is(calls: dict[str, Any], tmp_path: Path, capsys: Output) -> None:

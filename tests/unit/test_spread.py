@@ -1,0 +1,425 @@
+"""Methods spread over executors: blocks are put together to what one call gives, failures are repeated, killed runs go
+on."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import inspect
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from contract_cases import CASES, assert_equal, call, tables
+from patching_cases import hf, pairs_task, plain
+
+import mechattr as ma
+from mechattr.engines import ray_executor
+from mechattr.engines.executors import Executor, InProcess, executor_of
+from mechattr.engines.merge import Part, merged
+from mechattr.engines.packed import packed, unpacked
+from mechattr.engines.ray_executor import RayExecutor
+from mechattr.engines.spread import Work
+from mechattr.errors import (
+    BackendError,
+    ExecutorError,
+    MismatchError,
+    OutputExistsError,
+    SettingError,
+    UnknownNameError,
+)
+from mechattr.methods import METHODS
+from mechattr.tasks.block import Block
+
+SPREAD = {
+    "ablation",
+    "activation_patching",
+    "attribution_patching",
+    "causal_tracing",
+    "edge_attribution",
+    "edge_patching",
+    "path_patching",
+}
+ROUNDING = 1e-12  # float64: blocks add the same numbers in another order
+SPREAD_CASES = {name: case for name, case in CASES.items() if case.method in SPREAD}
+EVERY = pytest.mark.parametrize("case", SPREAD_CASES.values(), ids=SPREAD_CASES)
+
+
+@dataclass(frozen=True)
+class Wrapped(InProcess):
+    """Runs another function than it is given, and returns the results of later blocks first."""
+
+    wrap: Callable[[Any], Any] = lambda function: function
+    name: ClassVar[str] = "wrapped"
+
+    def map(self, function: Any, tasks: Sequence[Any]) -> Any:
+        yield from reversed(list(super().map(self.wrap(function), tasks)))
+
+
+class FirstFails:
+    """Fails the first time that it meets each block."""
+
+    def __init__(self, function: Any) -> None:
+        self.function, self.met = function, list[Part]()
+
+    def __call__(self, part: Part) -> Any:
+        self.met.append(part)
+        if self.met.count(part) == 1:
+            raise RuntimeError("a worker died")
+        return self.function(part)
+
+
+def test_every_method_that_is_a_mean_over_pairs_takes_an_executor() -> None:
+    taking = set()
+    for name in METHODS:
+        keywords = inspect.signature(getattr(ma, name)).parameters
+        taking |= {name} if "executor" in keywords else set()
+    assert taking == SPREAD
+    means = {name for name, row in METHODS.items() if "batch_independent" in row.promises}
+    # ratios of means are no means; ablation is one once its references are those of the whole task
+    assert taking == means - {"faithfulness", "minimality"} | {"ablation"}
+
+
+@pytest.mark.parametrize("lengths", ((5,) * 5, (5, 6, 5, 7, 6)), ids=("aligned", "ragged"))
+@EVERY
+def test_blocks_of_unequal_size_give_what_one_call_gives(case: Any, lengths: tuple[int, ...]) -> None:
+    if not case.ragged:
+        lengths = (5,) * 5
+    model = plain("llama_like")
+    task = pairs_task(model, lengths)
+    whole = call(case, model, task)
+    cut = call(case, model, task, executor=InProcess(pairs=2, nodes=7))
+    assert_equal(tables(cut), tables(whole), ROUNDING)
+    assert [table.coords for table in cut.tensors.values()] == [table.coords for table in whole.tensors.values()]
+    assert cut.provenance == whole.provenance
+    said = cut.settings["executor"]
+    assert said["name"] == "inprocess" and said["pairs"] == 2 and said["blocks"] >= 3
+    assert said["nodes"] == (7 if case.method in ("activation_patching", "ablation") else None)
+    rounded = {"clean_metric", "corrupt_metric", "noised_metric", "completeness", "passes"}
+    exact = cut.settings.keys() - rounded - {"executor"}
+    assert cut.settings.keys() - {"executor"} == whole.settings.keys()
+    assert {name: cut.settings[name] for name in exact} == {name: whole.settings[name] for name in exact}
+    for name in rounded & whole.settings.keys() - {"passes"}:
+        expected = whole.settings[name]
+        close = expected if expected is None else pytest.approx(expected, abs=ROUNDING, rel=ROUNDING)
+        assert cut.settings[name] == close, name
+
+
+@EVERY
+def test_without_node_blocks_the_passes_are_those_of_one_call(case: Any) -> None:
+    model = plain("gpt2_like")
+    task = pairs_task(model)
+    whole, cut = call(case, model, task), call(case, model, task, executor=InProcess(pairs=2))
+    extra = 3.0 if case.settings.get("kind", "mean") == "mean" and case.method == "ablation" else 0.0
+    # the second block runs the three reference prompts again
+    assert cut.settings["passes"]["forward"] == pytest.approx(whole.settings["passes"]["forward"] + extra)
+    assert cut.settings["passes"]["backward"] == whole.settings["passes"]["backward"]
+
+
+def test_chosen_nodes_are_cut_too_and_the_rest_stays_unmeasured() -> None:
+    model = plain("gpt2_like")
+    task = pairs_task(model, (5, 6, 7))
+    nodes = ma.attribution_patching(model, task, sites=("q", "mlp_out")).top(9)
+    whole = ma.activation_patching(model, task, nodes=nodes)
+    cut = ma.activation_patching(model, task, nodes=nodes, executor=InProcess(pairs=2, nodes=4))
+    assert_equal(tables(cut), tables(whole), ROUNDING)
+    assert cut.nodes() == whole.nodes() and cut.top(9) == whole.top(9)
+
+
+def blocks(model: Any, task: Any, sizes: Sequence[int], **settings: Any) -> list[tuple[Part, Any]]:
+    """The results of blocks of given sizes."""
+    work, found, start = Work(ma.attribution_patching, model, task, settings), [], 0
+    for number, size in enumerate(sizes):
+        part = Part(number, range(start, start + size))
+        found.append((part, unpacked(work(part))))
+        start += size
+    return found
+
+
+def test_the_check_rejects_an_unweighted_mean_a_block_that_is_missing_and_one_that_counts_twice() -> None:
+    model = plain("gpt2_like")
+    task = pairs_task(model, (5,) * 5)
+    whole = ma.attribution_patching(model, task)
+    found = blocks(model, task, (2, 2, 1))
+    assert_equal(tables(merged(task, found, model.fingerprint())), tables(whole), ROUNDING)
+    unweighted = {name: torch.stack([tables(r)[name] for _, r in found]).mean(0) for name in whole.tensors}
+    with pytest.raises(AssertionError):
+        assert_equal(unweighted, tables(whole), ROUNDING)
+    for wrong, pairs in ((found[:2], 4), ([*found, found[0]], 7)):
+        with pytest.raises(MismatchError, match=rf"of a task of 5 pairs\n.*on {pairs} to {pairs} pairs\n.*block once"):
+            merged(task, wrong, model.fingerprint())
+
+
+def test_nodes_that_never_change_are_counted_over_blocks_and_not_in_each() -> None:
+    model = plain("gpt2_like")
+    task = pairs_task(model, (5,) * 4, changed=(1,))
+    other = pairs_task(model, (5,) * 4, changed=(3,), seed=1)
+    rows = [(a if i < 2 else b) for i, (a, b) in enumerate(zip(_pairs(task), _pairs(other), strict=True))]
+    mixed = ma.tasks.from_pairs(model, rows)
+    whole = ma.attribution_patching(model, mixed)
+    cut = ma.attribution_patching(model, mixed, executor=InProcess(pairs=2))
+    assert cut.settings["n_trivial_zero"] == whole.settings["n_trivial_zero"]
+    counts = [result.settings["n_trivial_zero"] for _, result in blocks(model, mixed, (2, 2))]
+    assert min(counts) > whole.settings["n_trivial_zero"]  # neither the least nor the sum of counts would do
+
+
+def _pairs(task: Any) -> list[dict[str, Any]]:
+    return [
+        {"clean_tokens": clean, "corrupt_tokens": corrupt, "answer": answer, "foil": foil, "spans": {"A": [1, 3]}}
+        for clean, corrupt, answer, foil in zip(
+            *(x.tolist() for x in (task.clean.tokens, task.corrupt.tokens, task.answers, task.foils)), strict=True
+        )
+    ]
+
+
+def test_blocks_that_failed_once_give_the_same_bits_in_any_order() -> None:
+    model = plain("gpt2_like")
+    task = pairs_task(model, (5,) * 5)
+    for method in (ma.attribution_patching, ma.activation_patching):
+        sound = method(model, task, sites="z", executor=InProcess(pairs=2))
+        flaky = method(model, task, sites="z", executor=Wrapped(pairs=2, wrap=FirstFails))
+        assert_equal(tables(flaky), tables(sound), 0)
+        assert {**flaky.settings, "executor": 0} == {**sound.settings, "executor": 0}
+
+
+def test_a_block_that_always_fails_is_named_with_its_cause() -> None:
+    def broken(function: Any) -> Any:
+        def run(part: Part) -> Any:
+            if part.number == 1:
+                raise RuntimeError("first line\nno space left")
+            return function(part)
+
+        return run
+
+    model = plain("gpt2_like")
+    task = pairs_task(model, (5,) * 4)
+    with pytest.raises(ExecutorError) as caught:
+        ma.attribution_patching(model, task, executor=Wrapped(pairs=2, wrap=broken))
+    assert caught.value.asked == "block 1 (pairs 2 to 3)"
+    assert caught.value.found == "failed attempts: 3, the last with RuntimeError: no space left"
+    assert "resume=PATH" in caught.value.fix and isinstance(caught.value.__cause__, RuntimeError)
+    with pytest.raises(ExecutorError, match=r"block 1 \(pairs 2 to 3, nodes 0 to 3\)\n.*failed attempts: 1,"):
+        executor = Wrapped(
+            pairs=2, nodes=7, retries=0, wrap=lambda f: lambda part: f(part) if part.number < 1 else 1 / 0
+        )
+        ma.activation_patching(model, task, sites="z", positions="all", executor=replace(executor, nodes=7))
+    assert str(Part(3, range(7, 8), range(2, 3))) == "block 3 (pairs 7, nodes 2)"
+
+
+def test_errors_of_mechattr_are_raised_at_once() -> None:
+    met = []
+
+    def count(function: Any) -> Any:
+        return lambda part: (met.append(part), function(part))[1]
+
+    model = plain("gpt2_like")
+    with pytest.raises(ma.errors.UnknownSiteError, match="did you mean"):
+        ma.attribution_patching(model, pairs_task(model), sites="zz", executor=Wrapped(wrap=count))
+    assert len(met) == 1
+
+
+class Stop(BaseException):
+    """Ends a run as a signal would."""
+
+
+@pytest.mark.parametrize("method", (ma.attribution_patching, ma.activation_patching, ma.edge_attribution))
+def test_a_killed_run_goes_on_from_its_journal_with_the_same_bits(method: Any, tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    @dataclass(frozen=True)
+    class Stopping(InProcess):
+        name: ClassVar[str] = "stopping"
+        last: int = 99
+
+        def map(self, function: Any, tasks: Any) -> Any:
+            for i, result in super().map(function, tasks):
+                if tasks[i].number == self.last:
+                    raise Stop
+                seen.append(tasks[i].number)
+                yield i, result
+
+    model, path = plain("gpt2_like"), tmp_path / "journal"
+    task = pairs_task(model, (5,) * 7)
+    settings: dict[str, Any] = {} if method is ma.edge_attribution else {"sites": ("z", "mlp_out")}
+    expected = method(model, task, **settings, executor=InProcess(pairs=2))
+    with pytest.raises(Stop):
+        method(model, task, **settings, executor=Stopping(pairs=2, last=2), resume=path)
+    assert seen == [0, 1]
+    path.write_bytes(path.read_bytes() + b'{"chunk": 2, "val')  # it was killed while it wrote
+    found = method(model, task, **settings, executor=Stopping(pairs=2), resume=path)
+    assert seen == [0, 1, 2, 3]
+    assert_equal(tables(found), tables(expected), 0)
+    again = method(model, task, **settings, executor=InProcess(pairs=2), resume=path)  # another executor may go on
+    assert seen == [0, 1, 2, 3]
+    assert_equal(tables(again), tables(expected), 0)
+    for different, changed in (
+        ("block", {"executor": InProcess(pairs=3)}),
+        ("direction", {"direction": "denoising"}),
+    ):
+        with pytest.raises(OutputExistsError, match=rf"another sweep \(different: {different}\)"):
+            method(model, task, **{**settings, "executor": InProcess(pairs=2), "resume": path, **changed})
+    with pytest.raises(OutputExistsError, match=r"different: task\)"):
+        method(model, pairs_task(model, (5,) * 7, seed=1), **settings, executor=InProcess(pairs=2), resume=path)
+
+
+def test_blocks_of_another_model_or_another_version_are_refused() -> None:
+    def tampered(name: str, value: object) -> Any:
+        def wrap(function: Any) -> Any:
+            def run(part: Part) -> Any:
+                result = function(part)
+                return {**result, "provenance": {**result["provenance"], name: value}} if part.number else result
+
+            return run
+
+        return wrap
+
+    model = plain("gpt2_like")
+    task = pairs_task(model)
+    for name, value in (("weight_hash", "0" * 64), ("versions", {"torch": "1.0"})):
+        with pytest.raises(MismatchError, match=rf"put block 1 .*\n.*another {name}\n.*same versions"):
+            ma.attribution_patching(model, task, executor=Wrapped(pairs=2, wrap=tampered(name, value)))
+
+
+def test_blocks_that_say_different_things_are_refused() -> None:
+    model = plain("gpt2_like")
+    task = pairs_task(model, (5,) * 4)
+    first, second = blocks(model, task, (2, 2), variant="atp")[0], blocks(model, task, (2, 2), variant="qk")[1]
+    with pytest.raises(MismatchError, match=r"put 2 blocks together\n.*different 'variant'"):
+        merged(task, [first, second], model.fingerprint())
+
+
+def test_a_block_has_the_places_of_the_whole_task() -> None:
+    model = plain("gpt2_like")
+    task = pairs_task(model, (5, 5, 6, 6))
+    task = replace(task, spans=tuple({**s, "C": (0, 1)} if i < 2 else s for i, s in enumerate(task.spans)))
+    block = Block.of(task, range(2))
+    assert task.rows([0, 1]).aligned and not block.aligned
+    assert "C" in task.rows([0, 1]).positions("named") and list(block.positions("named")) == list(
+        task.positions("named")
+    )
+    assert block.rows([1]).index == (1,) and block.rows([1]).whole is task
+    whole, cut = (ma.attribution_patching(model, task, **more) for more in ({}, {"executor": InProcess(pairs=2)}))
+    assert cut.settings["positions"] == whole.settings["positions"] == "named"
+    assert_equal(tables(cut), tables(whole), ROUNDING)
+
+
+def test_a_result_survives_packing() -> None:
+    model = plain("gpt2_like")
+    for result in (
+        ma.activation_patching(model, pairs_task(model), nodes=[ma.Node("z", 0, 2, head=1)]),
+        ma.edge_attribution(model, pairs_task(model), steps=2),
+    ):
+        again = unpacked(packed(result))
+        assert type(again) is type(result)
+        assert again.settings == result.settings and again.provenance == result.provenance
+        assert_equal(tables(again), tables(result), 0)
+    empty = ma.Attribution({"score/z": ma.Labelled(torch.zeros(0, 2, dtype=torch.bfloat16), ("layer", "head"))})
+    assert unpacked(packed(empty)).tensors["score/z"].values.shape == (0, 2)
+    assert unpacked(packed(empty)).tensors["score/z"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "text"),
+    (
+        ("rya", UnknownNameError, "executor 'rya'\n.*\n.*did you mean 'ray'"),
+        (3, SettingError, r"executor=3\n.*a int\n.*InProcess\(\) or RayExecutor\(\)"),
+    ),
+)
+def test_executors_that_are_none_are_refused(given: Any, error: type[Exception], text: str) -> None:
+    model = plain("gpt2_like")
+    with pytest.raises(error, match=text):
+        ma.attribution_patching(model, pairs_task(model), executor=given)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value", "least"),
+    (
+        (InProcess, "pairs", 0, 1),
+        (InProcess, "retries", True, 0),
+        (RayExecutor, "workers", 0, 1),
+        (RayExecutor, "nodes", 1.5, 1),
+    ),
+)
+def test_numbers_that_are_no_counts_are_refused(kind: Any, name: str, value: Any, least: int) -> None:
+    with pytest.raises(SettingError, match=f"executor with {name}={value}\n.*no count\n.*whole number from {least}"):
+        kind(**{name: value})
+    with pytest.raises(SettingError, match=r"num_gpus=-1\n.*no share of a GPU"):
+        RayExecutor(num_gpus=-1)
+
+
+def test_what_cannot_be_spread_is_refused() -> None:
+    model = plain("gpt2_like")
+    task = pairs_task(model)
+    recorded = model.run(task.corrupt, record=model.sites()).activations
+    with pytest.raises(SettingError, match=r"a recorded source with an executor\n.*not cut\n.*leave out the source"):
+        ma.activation_patching(model, task, source=recorded, executor="inprocess")
+    for method in (ma.attribution_patching, ma.edge_attribution):
+        with pytest.raises(SettingError, match=r"resume='journal'\n.*no executor.*\n.*give an executor"):
+            method(model, task, resume=Path("journal"))
+
+
+def test_without_ray_the_error_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert isinstance(executor_of("inprocess"), InProcess) and isinstance(InProcess(), Executor)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(BackendError, match=r"executor 'ray'\n.*not installed\n.*pip install mechattr\[ray\]"):
+        executor_of("ray")
+
+
+def test_an_address_where_nothing_listens_is_an_error_at_once() -> None:
+    for address in ("127.0.0.1:1", "ray://127.0.0.1:1", "127.0.0.1:port"):
+        with pytest.raises(ExecutorError, match=rf"cluster at '{address}'\n.*Error.*\n.*`ray start --head`"):
+            ray_executor._knock(address)
+    ray_executor._knock("auto")  # Ray knows where this is
+
+
+def test_ray_is_imported_when_a_cluster_is_needed_and_not_before() -> None:
+    module = "mechattr.engines.ray_executor"
+    code = f"import sys; from {module} import RayExecutor; RayExecutor(); sys.exit('ray' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_tensors_travel_with_their_layout_and_dtype() -> None:
+    base = torch.randn(4, 6, dtype=torch.float64)
+    cases = (
+        base,
+        base.T,
+        base[1:, ::2],
+        base[0].expand(3, 6),
+        base.bfloat16(),
+        torch.zeros(0, 3),
+        torch.tensor(3),
+        torch.tensor([True, False]),
+        torch.nn.Parameter(base.float()),
+        torch.nn.Parameter(base, requires_grad=False),
+        base.clone().requires_grad_(),
+    )
+    for tensor in cases:
+        found = ray_executor._tensor(ray_executor._memory(tensor))
+        assert type(found) is type(tensor) and found.requires_grad == tensor.requires_grad
+        assert found.dtype == tensor.dtype and found.stride() == tensor.stride() and torch.equal(found, tensor)
+
+
+def test_a_transformers_model_travels_without_what_belongs_to_its_process() -> None:
+    model = hf("gpt2")
+    other = copy.deepcopy(model)  # through the same two methods as a journey to another process
+    batch = pairs_task(model).clean
+    assert other._lock is not model._lock and other.fingerprint() == model.fingerprint()
+    assert torch.equal(other.run(batch).logits, model.run(batch).logits)
+
+
+def test_a_report_made_in_blocks_says_so_and_has_the_same_numbers(tmp_path: Path) -> None:
+    model = plain("gpt2_like")
+    task = pairs_task(model, (5,) * 3)
+    chosen: dict[str, Any] = {"sites": ("z", "mlp_out"), "top": 4, "bound": 0, "circuit": 5, "progress": False}
+    done = ma.report.localise(model, task, out=tmp_path / "run", **chosen, executor=InProcess(pairs=2))
+    edges = ma.edge_attribution(model, task)
+    assert_equal(tables(done.results.edges), tables(edges), ROUNDING)
+    assert_equal(tables(done.exact), tables(ma.activation_patching(model, task, nodes=done.exact.nodes())), ROUNDING)
+    page = done.report_path.read_text()
+    assert "executor inprocess, 2 blocks of up to 2 pairs" in page and "--executor inprocess" in page
+    assert not [path for path in (tmp_path / "run").iterdir() if path.suffix in (".blocks", ".partial")]
