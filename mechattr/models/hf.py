@@ -86,14 +86,6 @@ class HookedHF(Running):
             )
         selfcheck(self)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """All but what belongs to one process: a model travels to other processes, never into a file."""
-        return {name: value for name, value in vars(self).items() if name not in ("_lock", "_thread")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._lock, self._thread = threading.Lock(), -1
-
     def __repr__(self) -> str:
         i = self.info
         return (

@@ -131,6 +131,9 @@ class Turns:
     def __init__(self) -> None:
         self._lock, self._thread = threading.Lock(), -1
 
+    def __reduce__(self) -> tuple[type[Turns], tuple[()]]:
+        return Turns, ()  # a model that travels to another process has a lock of its own there
+
     @contextmanager
     def __call__(self) -> Iterator[None]:
         here = threading.get_ident()

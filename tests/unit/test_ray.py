@@ -97,7 +97,8 @@ def test_a_worker_that_is_killed_in_the_middle_changes_nothing(cluster: Any, tmp
 def test_a_worker_that_always_dies_is_named_and_what_is_finished_is_kept(cluster: Any, tmp_path: Path) -> None:
     model, journal = plain("gpt2_like"), tmp_path / "journal"
     task = pairs_task(model, (5,) * 6)
-    with pytest.raises(ExecutorError, match=r"block 1 \(pairs 2 to 3\)\n.*failed attempts: 2.*\n.*resume=PATH") as caught:
+    text = r"block 1 \(pairs 2 to 3\)\n.*failed attempts: 2.*\n.*resume=PATH"
+    with pytest.raises(ExecutorError, match=text) as caught:
         ma.attribution_patching(model, task, executor=Killing(None), resume=journal)
     assert "Died" in caught.value.found or "Crashed" in caught.value.found
     met: list[Part] = []

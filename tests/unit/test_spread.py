@@ -406,9 +406,9 @@ def test_tensors_travel_with_their_layout_and_dtype() -> None:
 
 def test_a_transformers_model_travels_without_what_belongs_to_its_process() -> None:
     model = hf("gpt2")
-    other = copy.deepcopy(model)  # through the same two methods as a journey to another process
+    other = copy.deepcopy(model)  # through the same methods as a journey to another process
     batch = pairs_task(model).clean
-    assert other._lock is not model._lock and other.fingerprint() == model.fingerprint()
+    assert other._turns is not model._turns and other.fingerprint() == model.fingerprint()
     assert torch.equal(other.run(batch).logits, model.run(batch).logits)
 
 
