@@ -20,6 +20,8 @@ SCORES = ("batch", "head", "query", "key")
 NEURONS = ("batch", "pos", "neuron")
 SCALE = ("batch", "pos")
 EXPERTS = ("batch", "pos", "expert")
+SOURCE_KV_HEADS = ("batch", "source", "kv_head", "d_head")
+SOURCE_SCORES = ("batch", "head", "query", "source")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +38,7 @@ class SiteSpec:
         return "{l}" in self.template
 
 
-SITES: dict[str, SiteSpec] = {
+_BLOCKS: dict[str, SiteSpec] = {
     spec.short: spec
     for spec in (
         SiteSpec("embed", "hook_embed", RESID),
@@ -55,6 +57,15 @@ SITES: dict[str, SiteSpec] = {
         SiteSpec("result", "blocks.{l}.attn.hook_result", ("batch", "pos", "head", "d_model")),
         SiteSpec("attn_out", "blocks.{l}.hook_attn_out", RESID),
         SiteSpec("resid_mid", "blocks.{l}.hook_resid_mid", RESID),
+        SiteSpec("cross_q", "blocks.{l}.cross_attn.hook_q", HEADS),
+        SiteSpec("cross_k", "blocks.{l}.cross_attn.hook_k", SOURCE_KV_HEADS),
+        SiteSpec("cross_v", "blocks.{l}.cross_attn.hook_v", SOURCE_KV_HEADS),
+        SiteSpec("cross_attn_scores", "blocks.{l}.cross_attn.hook_attn_scores", SOURCE_SCORES),
+        SiteSpec("cross_pattern", "blocks.{l}.cross_attn.hook_pattern", SOURCE_SCORES),
+        SiteSpec("cross_z", "blocks.{l}.cross_attn.hook_z", HEADS),
+        SiteSpec("cross_result", "blocks.{l}.cross_attn.hook_result", ("batch", "pos", "head", "d_model")),
+        SiteSpec("cross_attn_out", "blocks.{l}.hook_cross_attn_out", RESID),
+        SiteSpec("resid_mid_cross", "blocks.{l}.hook_resid_mid_cross", RESID),
         SiteSpec("ln2_scale", "blocks.{l}.ln2.hook_scale", SCALE),
         SiteSpec("ln2", "blocks.{l}.ln2.hook_out", RESID),
         SiteSpec("mlp_pre", "blocks.{l}.mlp.hook_pre", NEURONS),
@@ -69,8 +80,38 @@ SITES: dict[str, SiteSpec] = {
     )
 }
 
-_FULL = re.compile(r"^(?:blocks\.(?P<layer>\d+)\.)?(?P<rest>.+)$")
-_BY_TEMPLATE = {spec.template.replace("blocks.{l}.", ""): spec for spec in SITES.values()}
+_OF_SOURCE = {"pos": "source", "query": "source_query", "key": "source"}
+
+
+def _of_encoder(spec: SiteSpec) -> SiteSpec:
+    """The same site of the encoder of an encoder-decoder model, whose positions are those of the source."""
+    template = spec.template.replace("blocks.", "encoder.") if spec.layered else f"encoder.{spec.template}"
+    return SiteSpec(f"encoder_{spec.short}", template, tuple(_OF_SOURCE.get(axis, axis) for axis in spec.axes))
+
+
+# An encoder has no cross-attention, and none of those that are supported has rotary embeddings or experts.
+_NOT_IN_ENCODERS = ("cross", "rot_", "router", "expert")
+_ENCODER = [_of_encoder(spec) for spec in _BLOCKS.values() if not any(part in spec.short for part in _NOT_IN_ENCODERS)]
+
+SITES: dict[str, SiteSpec] = {**_BLOCKS, **{spec.short: spec for spec in _ENCODER}}
+
+_FULL = re.compile(r"^(?P<stack>blocks|encoder)\.(?P<layer>\d+)\.(?P<rest>.+)$")
+_BY_TEMPLATE = {spec.template: spec for spec in SITES.values()}
+
+
+def position_axis(axes: Sequence[str]) -> int:
+    """The index of the axis that positions select: the queries of scores and patterns, else the second axis."""
+    return next((axes.index(axis) for axis in ("query", "source_query") if axis in axes), 1)
+
+
+def reads_source(axes: Sequence[str]) -> bool:
+    """Whether the positions of a site count the tokens of the source, as in an encoder."""
+    return axes[position_axis(axes)] in ("source", "source_query")
+
+
+def of_source(short: str) -> bool:
+    """Whether a site is there because of a source: cross-attention, or a part of an encoder beside a decoder."""
+    return short.startswith("encoder_") or "cross" in short
 
 
 def full_name(short: str, layer: int | None = None) -> str:
@@ -97,11 +138,11 @@ def parse(name: str) -> tuple[str, int | None]:
         UnknownSiteError: not a full site name.
     """
     match = _FULL.match(name)
-    spec = _BY_TEMPLATE.get(match["rest"]) if match else None
-    if match is None or spec is None or spec.layered == (match["layer"] is None):
+    spec = _BY_TEMPLATE.get(f"{match['stack']}.{{l}}.{match['rest']}" if match else name)
+    if spec is None or spec.layered == (match is None):
         examples = [s.template.format(l=0) for s in SITES.values()]
         raise UnknownSiteError(f"site {name!r}", "no such full site name", nearest(name, examples))
-    return spec.short, None if match["layer"] is None else int(match["layer"])
+    return spec.short, None if match is None else int(match["layer"])
 
 
 def site_spec(name: str) -> SiteSpec:
@@ -170,7 +211,7 @@ class Node:
         if self.head is not None:
             return f"L{self.layer}H{self.head} {self.site}"
         if self.neuron is not None:
-            return f"L{self.layer}N{self.neuron}"
+            return f"L{self.layer}N{self.neuron}" + (f" {self.site}" if self.site.startswith("encoder_") else "")
         return f"MLP {self.layer}" if self.site == "mlp_out" else f"L{self.layer} {self.site}"
 
     def __str__(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -11,7 +12,9 @@ import transformers as tf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch.nn import functional as F
 
+from mechattr.labelled import Labelled
 from mechattr.models import Batch, HookedHF
+from mechattr.models.cross import arguments
 from mechattr.models.families import FAMILIES as ROWS
 from mechattr.models.families import small_configs
 from mechattr.models.small import small_model
@@ -82,6 +85,51 @@ def widened() -> Iterator[None]:
 def hooked(family: str, dtype: torch.dtype = torch.float32, attention: str = "eager") -> HookedHF:
     """The same model behind the protocol. It is shared between tests, which a model that is never changed allows."""
     return HookedHF(small_model(family, dtype, attention))
+
+
+def has_source(family: str) -> bool:
+    """Whether a small model is an encoder-decoder."""
+    return bool(configs()[family].is_encoder_decoder)
+
+
+def batch_of(family: str, ids: torch.Tensor) -> Batch:
+    """Rows without padding that a small model can run: with a source of another length where it reads one."""
+    batch = Batch.of(ids)
+    source = Batch.of(tokens(len(ids), 5, seed=int(ids[0, 0])))
+    return replace(batch, source=source) if has_source(family) else batch
+
+
+def ragged_of(family: str, side: str = "right") -> Batch:
+    """`ragged` rows that a small model can run: with a ragged source where it reads one."""
+    batch = ragged(side)
+    return replace(batch, source=ragged(side, (3, 6, 5))) if has_source(family) else batch
+
+
+def alone(batch: Batch, row: int) -> Batch:
+    """One row without its padding."""
+    source = None if batch.source is None else alone(batch.source, row)
+    return replace(Batch.of(batch.tokens[row, batch.mask[row]]), source=source)
+
+
+def real(x: Labelled, batch: Batch, row: int) -> torch.Tensor:
+    """One row of an activation without its padding."""
+    part = x.values[row]
+    for dim, axis in enumerate(x.axes[1:]):
+        side = batch if axis in ("pos", "query", "key") else batch.source if "source" in axis else None
+        part = part if side is None else part.index_select(dim, side.mask[row].nonzero()[:, 0])
+    return part
+
+
+def own_logits(model: HookedHF, batch: Batch) -> torch.Tensor:
+    """What transformers' model itself gives, with the positions of a padded batch where it takes them."""
+    if batch.source is None:
+        first = 3 if "roberta" in model.info.family else 0  # which counts from behind its padding token, whose id is 2
+        given = {"input_ids": batch.tokens, "position_ids": batch.positions.clamp(min=0) + first}
+        given |= {"attention_mask": batch.mask.long()} if batch.padded else {}
+    else:
+        given = arguments(batch)
+    with torch.no_grad():
+        return model.model(**given).logits
 
 
 def ragged(side: str = "right", lengths: tuple[int, ...] = (7, 4, 5)) -> Batch:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from mechattr.errors import UnknownNameError, UnsupportedFeatureError, UnsupportedModelError, nearest
-from mechattr.models.families.family import PARTS, Family, text_config
+from mechattr.models.families.family import PARTS, Cross, Family, text_config
 from mechattr.models.norms import Norm, is_norm, norm_of
 
 
@@ -23,7 +23,9 @@ class Factors:
 
     @classmethod
     def of(cls, config: Any, family: Family) -> Factors:
-        """Those of a config: Granite has all three, Cohere one of its logits."""
+        """Those of a config: Granite has all three, Cohere and T5 with tied embeddings one of their logits."""
+        if getattr(config, "scale_decoder_outputs", False):
+            return cls(logits=config.d_model**-0.5)
         if not family.multiplied:
             return cls(logits=float(getattr(config, "logit_scale", None) or 1.0))
         return cls(
@@ -43,8 +45,12 @@ class Anatomy:
         parts: for each block, the modules of its family row by field name; a norm that is the identity is left out.
         ends: `embed`, `pos_embed` and `final`.
         norms: every norm module, for the rule that freezes them.
-        configured: the modules that hold the model's config object, from which attention takes its implementation.
+        configured: the modules that hold a config object of the model, from which attention takes its implementation.
         factors: what is multiplied between modules.
+        logit_bias: what is added to the logits beside the bias of the unembedding.
+        cross: for each block, the modules of its cross-attention by field name; empty where there is none.
+        source: the anatomy of the encoder that cross-attention looks at.
+        stack: what the names of its blocks begin with.
     """
 
     base: nn.Module
@@ -57,6 +63,10 @@ class Anatomy:
     n_heads: int
     n_kv_heads: int
     factors: Factors = Factors()
+    logit_bias: Tensor | None = None
+    cross: tuple[dict[str, nn.Module], ...] = ()
+    source: Anatomy | None = None
+    stack: str = "blocks"
 
     def norm(self, name: str) -> Norm | None:
         """The norm through which attention (`"blocks.0.ln1"`), the MLP (`"blocks.0.ln2"`) or the unembedding
@@ -109,16 +119,22 @@ def locate(
         return bare(root)
 
     base = find(base, family.language) or base
+    source = None if family.source is None else locate(model, family.source, n_heads, n_kv_heads, bare)
     blocks = find(base, family.layers)
     block_list = tuple(map(bare, blocks.children())) if blocks is not None else ()
-    parts = tuple(
-        {
-            name: m
-            for name in PARTS
-            if (m := find(block, getattr(family, name))) is not None and not isinstance(m, nn.Identity)
-        }
-        for block in block_list
-    )
+
+    def within(row: Family | Cross, names: Iterable[str]) -> tuple[dict[str, nn.Module], ...]:
+        return tuple(
+            {
+                name: m
+                for name in names
+                if (m := find(block, getattr(row, name))) is not None and not isinstance(m, nn.Identity)
+            }
+            for block in block_list
+        )
+
+    parts = within(family, PARTS)
+    cross = () if family.cross is None else within(family.cross, [field.name for field in fields(family.cross)])
     ends = {name: m for name in ("embed", "pos_embed", "final") if (m := find(base, getattr(family, name))) is not None}
     if missing or not block_list:
         children = ", ".join(name for name, _ in (block_list[0] if block_list else base).named_children())
@@ -127,7 +143,14 @@ def locate(
             f"no module at {', '.join(sorted(set(missing))) or family.layers}; found {children}",
             "use the transformers class of this family, with its own module names",
         )
+    if source is not None and source.ends["embed"] is ends["embed"]:
+        raise UnsupportedModelError(
+            f"a hooked {type(model).__name__}",
+            "encoder and decoder share one embedding module, so that their calls cannot be told apart",
+            "save the model and load it again, which gives each its own module with shared weights",
+        )
     config = text_config(model.config, family)
+    configs = [config, *(m.config for m in base.children() if source is not None and hasattr(m, "config"))]
     return Anatomy(
         base,
         family,
@@ -135,8 +158,11 @@ def locate(
         parts,
         ends,
         tuple(m for m in base.modules() if is_norm(m)),
-        tuple(m for m in model.modules() if m.__dict__.get("config") is config),
+        tuple(m for m in model.modules() if any(m.__dict__.get("config") is c for c in configs)),
         n_heads,
         n_kv_heads,
         Factors.of(config, family),
+        getattr(model, "final_logits_bias", None),
+        cross,
+        None if source is None else replace(source, stack="encoder", norms=()),
     )

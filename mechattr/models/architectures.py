@@ -8,7 +8,7 @@ from typing import Any
 from mechattr.errors import UnsupportedModelError, nearest
 from mechattr.models.families import FAMILIES
 from mechattr.models.families.family import Family, short_sites
-from mechattr.sites import SITES
+from mechattr.sites import SITES, of_source
 
 # What the tests prove for every family on small random models, and the transformers release that they run with.
 VERIFIED = {
@@ -94,7 +94,25 @@ def family_of(config: Any) -> tuple[str, Family]:
         raise UnsupportedModelError(
             "a hooked electra model", "projected embeddings", "use a size with embedding_size equal to hidden_size"
         )
+    if FAMILIES[name].source is not None:
+        _check_stacks(config)
     return name, FAMILIES[name].of(config)
+
+
+def _check_stacks(config: Any) -> None:
+    """Whether encoder and decoder have the same shapes, which sites and weights are described by.
+
+    Raises:
+        UnsupportedModelError: they have not.
+    """
+    for what in ("attention_heads", "ffn_dim"):
+        encoder, decoder = (getattr(config, f"{stack}_{what}", None) for stack in ("encoder", "decoder"))
+        if encoder != decoder:
+            raise UnsupportedModelError(
+                f"a hooked {config.model_type} model",
+                f"encoder_{what}={encoder} and decoder_{what}={decoder}",
+                "use a model whose encoder and decoder have the same shapes",
+            )
 
 
 def _language_model(name: str, config: Any) -> Family:
@@ -115,14 +133,19 @@ def table() -> list[dict[str, Any]]:
     rows = []
     for name, family in FAMILIES.items():
         sites = short_sites(family)
-        expected = [s for s in SITES if family.experts is not None or s not in EXPERT_SITES]
+        expected = [
+            s
+            for s in SITES
+            if (family.experts is not None or s not in EXPERT_SITES) and (family.cross is not None or not of_source(s))
+        ]
         checks = [check for check in VERIFIED if not (family.encoder and check == "generation")]
         rows.append(
             {
                 "family": name,
-                "kind": ("encoder" if family.encoder else "decoder") + " of experts" * (family.experts is not None),
+                "kind": ("encoder" if family.encoder else "decoder" if family.source is None else "encoder-decoder")
+                + " of experts" * (family.experts is not None),
                 "norm": family.norm.replace("_plus_one", ""),
-                "positions": "alibi" if family.alibi else "rotary" if family.rotary else "learned",
+                "positions": family.positions,
                 "sites": len(sites),
                 "absent": ", ".join(s for s in expected if s not in sites) or "none",
                 "verified": f"{', '.join(checks)} (transformers {TESTED_TRANSFORMERS})",

@@ -62,10 +62,13 @@ class AttentionTap:
         s_aux: Tensor | None = None,
         **_: Any,
     ) -> None:
-        """Keeps how this call turns q.k into scores."""
+        """Keeps how this call turns q.k into scores, where it is a block's self-attention."""
+        stack, layer, part = self.prefix.split(".")[:3]
+        if (stack, part) != ("blocks", "attn"):
+            return
         scale = d_head**-0.5 if scaling is None else float(scaling)
         sinks = None if s_aux is None else s_aux.detach().flatten()
-        self.taps.forms[int(self.prefix.split(".")[1])] = AttentionForm(scale, softcap, sinks)
+        self.taps.forms[int(layer)] = AttentionForm(scale, softcap, sinks)
 
     def enter(self, query: Tensor, key: Tensor, value: Tensor, **form: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Taps what comes into attention; a rule's factors act on what flows back from here."""
@@ -120,15 +123,18 @@ def _explicit(
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
-    """softmax(softcap(q.k s) + mask) v, with the same operations in the same order as the families' eager attention."""
+    """softmax(softcap(q.k s) + bias + mask) v, the operations in the order of the families' eager attention."""
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = torch.matmul(query, key.transpose(2, 3)) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
+    if position_bias is not None:
+        scores = scores + position_bias
     if mask is not None:
         scores = scores + mask
     scores = tap.whole("attn_scores", scores)

@@ -37,7 +37,8 @@ class ModelInfo:
     no positions beyond `n_ctx` (by default, where they are no rotations). `image_token` is the id that stands for an
     image's places in the text, `None` without a vision tower. `mapping` says where the places of the sites were taken
     from: `"table"`, `"discovered"` or `"given"`. `n_experts` counts the experts that stand in place of an MLP (0: there
-    are none); `d_mlp` is then the width of one of them.
+    are none); `d_mlp` is then the width of one of them. `n_encoder_layers` counts the blocks of the encoder of an
+    encoder-decoder model, whose `n_layers` are those of its decoder.
     """
 
     name: str
@@ -64,6 +65,7 @@ class ModelInfo:
     revision: str | None = None
     mapping: str = "table"
     n_experts: int = 0
+    n_encoder_layers: int = 0
 
     @property
     def sizes(self) -> dict[str, int]:

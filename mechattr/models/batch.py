@@ -26,6 +26,7 @@ class Batch:
         images: for each row, the tensors that a processor made of its images, empty for a row without one; the rows'
             tensors are joined along their first axis when they are run.
         image: true at the image tokens; always there beside `images`.
+        source: what the encoder of an encoder-decoder model reads, row by row; the tokens are then its decoder's.
     """
 
     tokens: Int[Tensor, "batch pos"]
@@ -34,6 +35,7 @@ class Batch:
     strings: tuple[tuple[str, ...], ...] = field(default=(), repr=False)
     images: tuple[RowImages, ...] = field(default=(), repr=False)
     image: Bool[Tensor, "batch pos"] | None = field(default=None, repr=False)
+    source: Batch | None = None
 
     def __post_init__(self) -> None:
         if self.tokens.ndim != 2 or self.tokens.shape != self.mask.shape or len(self.example) != len(self.tokens):
@@ -56,6 +58,9 @@ class Batch:
         if bool((starts > 1).any()):
             raise SettingError("a batch", "padding between real tokens", "pad at one end of each row")
         check_images(self.images, self.image, self.mask)
+        if self.source is not None and len(self.source) != len(self.tokens):
+            found = f"{len(self.tokens)} rows and a source of {len(self.source)}"
+            raise SettingError("a batch", found, "give one source row for each row")
 
     @classmethod
     def of(
@@ -81,6 +86,11 @@ class Batch:
     def device(self) -> torch.device:
         """Where the tokens are."""
         return self.tokens.device
+
+    @property
+    def prompt(self) -> Batch:
+        """What a prompt's text became: the source's rows where there is a source, else the rows themselves."""
+        return self if self.source is None else self.source
 
     @cached_property
     def lengths(self) -> Int[Tensor, " batch"]:
@@ -148,13 +158,15 @@ class Batch:
         strings = tuple(self.strings[i] for i in index.tolist()) if self.strings else ()
         images = tuple(self.images[i] for i in index.tolist()) if self.images else ()
         image = None if self.image is None else self.image[index]
-        return Batch(self.tokens[index], self.mask[index], self.example[index], strings, images, image)
+        source = None if self.source is None else self.source.rows(index)
+        return Batch(self.tokens[index], self.mask[index], self.example[index], strings, images, image, source)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
         image = None if self.image is None else self.image.to(device)
         parts = self.tokens.to(device), self.mask.to(device), self.example.to(device)
-        return Batch(*parts, self.strings, moved(self.images, device), image)
+        source = None if self.source is None else self.source.to(device)
+        return Batch(*parts, self.strings, moved(self.images, device), image, source)
 
 
 def row_numbers(index: Tensor | Sequence[int], n: int) -> Int[Tensor, " chosen"]:

@@ -58,6 +58,7 @@ def describe(
         revision=revision,
         mapping=mapping,
         n_experts=0 if experts is None else experts.num_experts,
+        n_encoder_layers=0 if anatomy.source is None else len(anatomy.source.blocks),
     )
 
 

@@ -8,13 +8,17 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from mechattr.errors import SettingError, UnsupportedFeatureError
 from mechattr.models.operators import Index, Operator, Place
+from mechattr.sites import parse, position_axis, reads_source
+
+if TYPE_CHECKING:
+    from mechattr.models.base import Batch
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -27,7 +31,8 @@ class Edit:
         layers: restricts a short name.
         positions: real-token positions, the same in every selected row (negative: from the end of the prompt);
             `"prompt"` or `"generated"` during generation; `None` is everywhere. At `pattern` and `attn_scores`
-            they are query positions.
+            they are query positions. At sites of an encoder, and at `cross_k` and `cross_v`, they count the tokens of
+            the source.
         heads: heads, or kv heads at `k`, `rot_k` and `v`.
         neurons: indices of the last axis of `mlp_pre`, `mlp_pre_linear` and `mlp_post`.
         experts: experts at `router_logits` and `expert_out`.
@@ -52,15 +57,28 @@ class Frame:
         lengths: prompt length of each row.
         queries: position of each column that is being computed, -1 at padding.
         keys: position of each column that attention can see.
+        source: prompt lengths and the position of each column, of what an encoder reads.
     """
 
     lengths: Tensor
     queries: Tensor
     keys: Tensor
+    source: tuple[Tensor, Tensor] | None = None
 
-    def of(self, columns: int) -> Tensor:
-        """The positions of an activation's columns: those computed now, or the last `columns` that attention sees."""
-        return self.queries if columns == self.queries.shape[1] else self.keys[:, -columns:]
+    @classmethod
+    def whole(cls, batch: Batch) -> Frame:
+        """All columns of a batch."""
+        source = None if batch.source is None else (batch.source.lengths, batch.source.positions)
+        return cls(batch.lengths, batch.positions, batch.positions, source)
+
+    def of(self, axes: tuple[str, ...], shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Prompt lengths, and the positions of an activation's columns: those computed now, or at keys and values the
+        last ones that attention sees."""
+        if reads_source(axes):
+            assert self.source is not None  # sites of an encoder fire where there is one
+            return self.source
+        columns = shape[position_axis(axes)]
+        return self.lengths, self.queries if columns == self.queries.shape[1] else self.keys[:, -columns:]
 
 
 def apply(edit: Edit, x: Tensor, site: str, axes: tuple[str, ...], frame: Frame) -> Tensor:
@@ -88,7 +106,7 @@ def places(
         if rows is not None:
             picks[0] = rows
         if columns is not None:
-            picks[axes.index("query") if "query" in axes else 1] = columns
+            picks[position_axis(axes)] = columns
         features = next((given for given in (edit.heads, edit.neurons, edit.experts) if given is not None), None)
         if features is not None:
             picks[axes.index(feature_axis(axes))] = torch.as_tensor(features, dtype=torch.long, device=device)
@@ -96,8 +114,8 @@ def places(
 
     if edit.positions is None:
         return [Place(site, at(rows), shape)]
-    positions = frame.queries if "query" in axes else frame.of(shape[1])
-    lengths = frame.lengths.repeat_interleave(copies)
+    lengths, positions = frame.of(axes, shape)
+    lengths, positions = lengths.repeat_interleave(copies), positions.repeat_interleave(shape[0] // len(positions), 0)
     chosen = every.flatten() if rows is None else rows
     if isinstance(edit.positions, str):  # prompts end in one column, so the same columns are generated in every row
         generated = positions[0] >= lengths[0]
@@ -172,7 +190,7 @@ def validate(edit: Edit, site: str, axes: tuple[str, ...], sizes: Mapping[str, i
         raise SettingError(f"an edit of {site} with op {edit.op!r}", "that is not callable", "use Set, Add, Zero, ...")
     for name in ("layers", "positions", "heads", "neurons", "experts", "rows"):
         _check_numbers(name, getattr(edit, name), site)
-    if edit.layers is not None and (edit.site == site or not site.startswith("blocks.")):
+    if edit.layers is not None and (edit.site == site or parse(site)[1] is None):
         found = "the full name says the layer" if edit.site == site else "the site exists once in the model"
         raise SettingError(f"layers={list(edit.layers)} at {site}", found, "leave layers out")
     _in_range("layers", edit.layers, sizes["layer"], "the model's layers")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -11,8 +12,8 @@ import torch
 from torch import Tensor
 
 from mechattr.errors import ModelStateError, SettingError, UnsupportedModelError
+from mechattr.models import cross, vision, weights
 from mechattr.models import tokenize as text
-from mechattr.models import vision, weights
 from mechattr.models.anatomy import locate
 from mechattr.models.base import AttentionForm, Batch, Generation
 from mechattr.models.checks import check_batch, check_room
@@ -26,6 +27,16 @@ from mechattr.models.running import Running, Turns
 from mechattr.models.selfcheck import selfcheck
 from mechattr.models.taps import Taps, plan_edits, supported
 from mechattr.sites import expand, site_spec
+
+# Settings of `generate` that the batch gives.
+TAKEN = {
+    "inputs",
+    "input_ids",
+    "attention_mask",
+    "decoder_input_ids",
+    "decoder_attention_mask",
+    "return_dict_in_generate",
+}
 
 
 class HookedHF(Running):
@@ -73,7 +84,8 @@ class HookedHF(Running):
         n_kv_heads = family.kv_heads or getattr(c, "num_key_value_heads", None) or n_heads
         self._anatomy = locate(model, family, n_heads, n_kv_heads)
         self.info = describe(model, self._anatomy, backend="hf", name=name, revision=revision, mapping=mapping)
-        self._sites = full_sites(family, self._anatomy.parts)
+        encoder = self._anatomy.source
+        self._sites = full_sites(family, self._anatomy.parts, () if encoder is None else encoder.parts)
         if self.info.n_experts and model.dtype == torch.float64 and c._experts_implementation != "eager":
             raise UnsupportedModelError(
                 f"a hooked {type(model).__name__} in float64",
@@ -111,9 +123,18 @@ class HookedHF(Running):
         return weights.weight(name, self._anatomy, self.model.get_output_embeddings()).detach()
 
     def tokenize(
-        self, texts: str | Sequence[str], *, chat: bool = False, padding_side: str = "right", images: Any = None
+        self,
+        texts: str | Sequence[str],
+        *,
+        chat: bool = False,
+        padding_side: str = "right",
+        images: Any = None,
+        targets: str | Sequence[str] | None = None,
     ) -> Batch:
         """Texts -> padded batch on the model's device.
+
+        In an encoder-decoder model the texts become the source, and the rows are what its decoder has written: its
+        first token, and the tokens of `targets` if they are given.
 
         Args:
             texts: one text, or several.
@@ -121,11 +142,17 @@ class HookedHF(Running):
             padding_side: where shorter rows are filled.
             images: for each text its image, a list of images, or `None`; the text says with the processor's image token
                 where each image stands (in a chat without one, before the text).
+            targets: for each text how an encoder-decoder model's own text begins.
         """
+        given: dict[str, Any] = {"chat": chat, "padding_side": padding_side, "device": self.model.device}
         if images is not None:
-            given: dict[str, Any] = {"chat": chat, "padding_side": padding_side, "device": self.model.device}
             return vision.tokenize_images(self.processor, texts, images, info=self.info, **given)
-        return text.tokenize(self.tokenizer, texts, chat=chat, padding_side=padding_side, device=self.model.device)
+        rows = text.tokenize(self.tokenizer, texts, **given)
+        if self.info.n_encoder_layers:
+            return cross.with_targets(rows, self.model, self.tokenizer, targets, padding_side)
+        if targets is not None:
+            raise SettingError("targets", f"{self.info.family} has no encoder", "make them a part of the texts")
+        return rows
 
     def decode_token(self, token: int) -> str:
         """One token as text, with its leading space."""
@@ -158,9 +185,9 @@ class HookedHF(Running):
             raise SettingError(f"the attention of block {layer}", found, "name an existing block")
         if self._forms is None:
             one = Batch.of(torch.zeros(1, 1, dtype=torch.long, device=self.model.device))
-            taps = Taps(
-                Frame(one.lengths, one.positions, one.positions), record=frozenset(expand("rot_q", self._sites))
-            )
+            if self.info.n_encoder_layers:
+                one = replace(one, source=one)
+            taps = Taps(Frame.whole(one), record=frozenset(expand("rot_q", self._sites)))
             taps.axes = {name: site_spec(name).axes for name in taps.names}
             with torch.no_grad():
                 self._forward(one, taps)
@@ -171,12 +198,13 @@ class HookedHF(Running):
         with self._tapping(batch, taps):
             arguments = vision.image_arguments(self.model, batch, features=taps.start is None)
             arguments |= {} if self.info.encoder else {"use_cache": False}
-            logits: Tensor = self.model(
-                input_ids=batch.tokens,
-                attention_mask=batch.mask.long() if batch.padded else None,
-                position_ids=vision.positions_of(self.model, batch, self._anatomy.family.position_offset),
-                **arguments,
-            ).logits
+            if batch.source is not None:
+                arguments |= cross.arguments(batch)
+            else:
+                arguments["input_ids"] = batch.tokens
+                arguments["attention_mask"] = batch.mask.long() if batch.padded else None
+                arguments["position_ids"] = vision.positions_of(self.model, batch, self._anatomy.family.position_offset)
+            logits: Tensor = self.model(**arguments).logits
         return logits
 
     def generate(self, batch: Batch, *, edits: Sequence[Edit] = (), **kwargs: Any) -> Generation:
@@ -195,7 +223,7 @@ class HookedHF(Running):
                 tokens than the model has positions.
         """
         self._check(batch)
-        taken = sorted(kwargs.keys() & {"inputs", "input_ids", "attention_mask", "return_dict_in_generate"})
+        taken = sorted(kwargs.keys() & TAKEN)
         if taken:
             raise SettingError(f"generate with {', '.join(taken)}", "the batch says that", "leave it out")
         if self.info.encoder:
@@ -206,27 +234,30 @@ class HookedHF(Running):
                 "rows end in padding",
                 "use model.tokenize(texts, padding_side='left')",
             )
-        planned = plan_edits(edits, self._sites, self.info, batch.lengths)
-        taps = Taps(frame=Frame(batch.lengths, batch.positions, batch.positions), edits=planned)
+        planned = plan_edits(edits, self._sites, self.info, batch.lengths, batch.prompt.lengths)
+        taps = Taps(frame=Frame.whole(batch), edits=planned)
         taps.axes = {name: site_spec(name).axes for name in taps.names}
 
         longest = int(batch.lengths.max())
 
         def locate_columns(_module: Any, args: Any, given: dict[str, Any]) -> None:
-            ids = given["input_ids"] if "input_ids" in given else args[0]
+            ids = next((given[n] for n in ("decoder_input_ids", "input_ids") if given.get(n) is not None), None)
+            ids = args[0] if ids is None else ids
             past = given.get("past_key_values")
             seen = 0 if past is None else int(past.get_seq_length())
             check_room(self.info, longest + seen + ids.shape[1] - batch.tokens.shape[1])
             new = torch.arange(seen + ids.shape[1] - batch.tokens.shape[1], device=ids.device)
             keys = torch.cat([batch.positions, batch.lengths[:, None] + new], 1)
             keys = keys.repeat_interleave(len(ids) // len(batch), 0)
-            taps.frame = Frame(batch.lengths, keys[:, seen:], keys)
+            taps.frame = replace(taps.frame, queries=keys[:, seen:], keys=keys)
 
         with ExitStack() as stack, torch.no_grad(), self._tapping(batch, taps):
             stack.callback(self.model.register_forward_pre_hook(locate_columns, with_kwargs=True).remove)
-            settings = {"pad_token_id": self._pad_id(), **kwargs}
-            images = vision.image_arguments(self.model, batch)
-            tokens = self.model.generate(batch.tokens, attention_mask=batch.mask.long(), **images, **settings)
+            settings = {"pad_token_id": self._pad_id(), "attention_mask": batch.mask.long(), **kwargs}
+            settings |= vision.image_arguments(self.model, batch)
+            if batch.source is not None:
+                settings |= cross.generating(batch)
+            tokens = self.model.generate(batch.prompt.tokens, **settings)
         start = batch.tokens.shape[1]
         texts = (
             () if self.tokenizer is None else self.tokenizer.batch_decode(tokens[:, start:], skip_special_tokens=True)
@@ -256,3 +287,4 @@ class HookedHF(Running):
     def _check(self, batch: Batch) -> None:
         self._check_state()
         check_batch(batch, self.info, self.model.device)
+        cross.check_source(batch, self.info, self.model.device)

@@ -17,12 +17,12 @@ from mechattr.models.adapters import ADAPTERS
 from mechattr.models.anatomy import Anatomy
 from mechattr.models.attention import ATTRIBUTE, NATIVE, AttentionTap, name_of
 from mechattr.models.checkpoint import checkpointed
+from mechattr.models.cross import cross_attention, handing_through, placed
 from mechattr.models.experts import per_expert, reroute
-from mechattr.models.hooks import Hooks
+from mechattr.models.hf_taps import Tapping
 from mechattr.models.norms import norm_scale, normalise
 from mechattr.models.rules import frozen_like, scaled, secant
 from mechattr.models.taps import Taps
-from mechattr.models.weights import w_o
 
 
 @contextmanager
@@ -46,9 +46,14 @@ def tapping(
         padded_float64: use the tap's mask, without which padding in float64 gives NaN (see `attention`).
     """
     with ExitStack() as stack:
-        installer = _Installer(anatomy, taps, stack)
+        installer = Installer(anatomy, taps, stack)
         masked = padded_float64 and anatomy.family.softmax_float32 and config._attn_implementation == "eager"
-        if (installer.install() if only is None else installer.install_again(only)) or masked:
+        if only is not None:
+            needs_attention = installer.install_again(only)
+        else:
+            in_encoder = anatomy.source is not None and Installer(anatomy.source, taps, stack).install()
+            needs_attention = installer.install() or in_encoder
+        if needs_attention or masked:
             installer.switch_attention(config, masked)
         if taps.checkpoint and only is None:
             for layer in range(0 if taps.start is None else taps.start.layer, len(anatomy.blocks)):
@@ -56,48 +61,48 @@ def tapping(
         yield
 
 
-class _Installer(Hooks):
-    """Registers hooks on one model for one run; the exit stack takes them off."""
-
-    def __init__(self, anatomy: Anatomy, taps: Taps, stack: ExitStack) -> None:
-        super().__init__(stack)
-        self.anatomy, self.taps = anatomy, taps
+class Installer(Tapping):
+    """Registers hooks on one model for one run, or on the encoder beside its decoder."""
 
     def install(self) -> bool:
         """Hooks all modules; says whether the attention function is needed."""
-        anatomy, taps = self.anatomy, self.taps
+        anatomy, taps, outside = self.anatomy, self.taps, "" if self.decodes else "encoder."
         if taps.rules.norm == "frozen":
             for norm in anatomy.norms:
                 self.on_output(norm, self.frozen_norm)
-        if taps.wants("hook_embed") and taps.start is None:
-            self.embedding()
-        if taps.wants("hook_pos_embed") and taps.start is None:
-            self.on_output(anatomy.ends["pos_embed"], lambda _m, _a, x: taps("hook_pos_embed", x))
+        if anatomy.family.by_column:
+            self.on_output(anatomy.ends["pos_embed"], lambda m, _a, x: placed(m, x, self.positions))
+        embed, pos_embed = f"{outside}hook_embed", f"{outside}hook_pos_embed"
+        if taps.wants(embed) and self.start is None:
+            self.embedding(embed)
+        if taps.wants(pos_embed) and self.start is None:
+            self.on_output(anatomy.ends["pos_embed"], lambda _m, _a, x: taps(pos_embed, x))
         if "final" in anatomy.ends:
-            self.norm(anatomy.ends["final"], "ln_final.")
+            self.norm(anatomy.ends["final"], f"{outside}ln_final.")
         needs_attention = False
         for layer in range(len(anatomy.blocks)):
-            if taps.start is not None and layer < taps.start.layer:
-                self.skip(anatomy.blocks[layer], several=anatomy.family.returns_tuple)
+            if self.start is not None and layer < self.start.layer:
+                idle = handing_through(anatomy.parts[layer]["attn"], several=anatomy.family.returns_tuple)
+                self.attribute(anatomy.blocks[layer], "forward", idle)
             else:
-                needs_attention |= self.block(layer)
+                needs_attention |= self.block(layer) | cross_attention(self, layer)
         return needs_attention
 
-    def embedding(self) -> None:
+    def embedding(self, name: str) -> None:
         """Token embeddings; in a vision-language model what the language model receives, with image features at their
         places, since an edit before they are merged in would be overwritten."""
         if self.anatomy.family.language is None:
             factor = self.anatomy.factors.embed
-            self.on_output(self.anatomy.ends["embed"], lambda _m, _a, x: self.multiplied("hook_embed", x, factor))
+            self.on_output(self.anatomy.ends["embed"], lambda _m, _a, x: self.multiplied(name, x, factor))
         else:
-            self.on_input(self.anatomy.base, lambda x: self.taps("hook_embed", x), name="inputs_embeds")
+            self.on_input(self.anatomy.base, lambda x: self.taps(name, x), name="inputs_embeds")
 
     def install_again(self, layer: int) -> bool:
         """Hooks one block inside; says whether the attention function is needed."""
         if self.taps.rules.norm == "frozen":
             for norm in self.anatomy.norms:
                 self.on_output(norm, self.frozen_norm)
-        return self.block(layer)
+        return self.block(layer) | cross_attention(self, layer)
 
     def checkpoint(self, layer: int, again: Callable[[], AbstractContextManager[None]]) -> None:
         """Makes a block keep its input only. What is hooked on the block itself lies outside."""
@@ -114,8 +119,8 @@ class _Installer(Hooks):
     def block(self, layer: int) -> bool:
         """Hooks one block; says whether the attention function is needed."""
         taps, parts, block = self.taps, self.anatomy.parts[layer], self.anatomy.blocks[layer]
-        p = f"blocks.{layer}."
-        start = taps.start.resid_pre if taps.start is not None and taps.start.layer == layer else None
+        p = f"{self.anatomy.stack}.{layer}."
+        start = self.start.resid_pre if self.start is not None and self.start.layer == layer else None
         if start is not None or taps.wants(p + "hook_resid_pre"):
             self.on_input(block, lambda x: self.tap(p + "hook_resid_pre", x if start is None else start))
         if "ln1" in parts:
@@ -125,28 +130,33 @@ class _Installer(Hooks):
             self.on_input(parts["o"], lambda x: self.per_head(p + "attn.hook_z", x))
         if taps.wants(p + "attn.hook_result"):
             self.on_output(parts["o"], lambda m, a, _x: self.result(p + "attn.hook_result", m, a[0]))
-        self.attention_write(layer)
+        self.write(parts["attn_out"], p + "hook_attn_out", p + "hook_resid_mid", block)
         if "ln2" in parts:
             self.norm(parts["ln2"], p + "ln2.")
         self.mlp(layer)
         if taps.wants(p + "hook_resid_post"):
             self.on_output(block, lambda _m, _a, x: self.tap(p + "hook_resid_post", x))
-        inside = ["v", "rot_q", "rot_k", "attn_scores", "pattern"] + ["q", "k"] * self.anatomy.family.plain_qk
-        if not taps.wants_any([f"{p}attn.hook_{short}" for short in inside]) and not taps.rules.in_attention:
-            return False
+        return self.attends(parts["attn"], p + "attn.hook_")
+
+    def attends(self, attn: nn.Module, prefix: str) -> bool:
+        """Gives an attention module the tap of the sites within it, if they or a rule are wanted; says whether."""
         family = self.anatomy.family
-        tap = AttentionTap(taps, p + "attn.hook_", family.plain_qk, family.softmax_float32)
+        shorts = ["v", "rot_q", "rot_k", "attn_scores", "pattern"] + ["q", "k"] * family.plain_qk
+        if not self.taps.wants_any([prefix + short for short in shorts]) and not self.taps.rules.in_attention:
+            return False
+        tap = AttentionTap(self.taps, prefix, family.plain_qk, family.softmax_float32)
         if family.adapter is None:
-            self.attribute(parts["attn"], ATTRIBUTE, tap)
+            self.attribute(attn, ATTRIBUTE, tap)
         else:
             method, attention = ADAPTERS[family.adapter]
-            self.attribute(parts["attn"], method, partial(attention, parts["attn"], tap))
+            self.attribute(attn, method, partial(attention, attn, tap))
         return True
 
     def projections(self, layer: int) -> None:
         """q and k before rotary embedding and norms; without those they are tapped inside the attention function. OLMo
         clips its projections in place, which the copies keep away from the taps."""
-        parts, p, family = self.anatomy.parts[layer], f"blocks.{layer}.attn.hook_", self.anatomy.family
+        parts, family = self.anatomy.parts[layer], self.anatomy.family
+        p = f"{self.anatomy.stack}.{layer}.attn.hook_"
         if family.plain_qk or not self.taps.wants_any([p + "q", p + "k"]):
             return
         if "qkv" in parts:
@@ -161,14 +171,20 @@ class _Installer(Hooks):
         q, k, v = fused.split(x, layout, self.anatomy.n_heads, self.anatomy.n_kv_heads)
         return fused.join(self.tap(p + "q", q), self.tap(p + "k", k), v, layout)
 
-    def attention_write(self, layer: int) -> None:
+    def write(self, module: nn.Module, out: str, mid: str, reads: nn.Module) -> None:
         """attn_out, and resid_mid = resid_pre + attn_out: an edit of resid_mid is fed back as a change of attn_out, so
-        that the skip path and the MLP both see it. It is an exact no-op when the tap changes nothing."""
-        taps, parts, p = self.taps, self.anatomy.parts[layer], f"blocks.{layer}."
-        out, mid, factor = p + "hook_attn_out", p + "hook_resid_mid", self.anatomy.factors.write
-        if taps.wants(out):
-            self.on_output(parts["attn_out"], lambda _m, _a, x: self.multiplied(out, x, factor))
-        if not taps.wants(mid):
+        that the skip path and what follows both see it. It is an exact no-op when the tap changes nothing.
+
+        Args:
+            module: its output is added to the residual stream.
+            out: the name of that site.
+            mid: the name of the stream after the addition.
+            reads: a module whose input is the stream before it.
+        """
+        factor = self.anatomy.factors.write
+        if self.taps.wants(out):
+            self.on_output(module, lambda _m, _a, x: self.multiplied(out, x, factor))
+        if not self.taps.wants(mid):
             return
         before: list[Tensor] = []
 
@@ -180,11 +196,11 @@ class _Installer(Hooks):
             change = self.tap(mid, total) - total
             return x + (change if factor == 1.0 else change / factor)
 
-        self.inside(self.anatomy.blocks[layer], keep)
-        self.on_output(parts["attn_out"], feed_back)
+        self.inside(reads, keep)
+        self.on_output(module, feed_back)
 
     def mlp(self, layer: int) -> None:
-        taps, parts, p = self.taps, self.anatomy.parts[layer], f"blocks.{layer}."
+        taps, parts, p = self.taps, self.anatomy.parts[layer], f"{self.anatomy.stack}.{layer}."
         pre, linear = p + "mlp.hook_pre", p + "mlp.hook_pre_linear"
         if taps.wants(p + "hook_mlp_out"):
             factor = self.anatomy.factors.write
@@ -251,44 +267,10 @@ class _Installer(Hooks):
         x = a[0]
         return frozen_like(y, normalise(m, x, norm_scale(m, x).detach()).to(y.dtype))
 
-    # -- taps on values and shapes
-
-    def multiplied(self, name: str, x: Tensor, factor: float) -> Tensor:
-        """Taps factor * x, where the model multiplies x by the factor on its way to the residual stream. What the tap
-        leaves as it is keeps every bit; what it changes is divided by the factor again."""
-        if factor == 1.0:
-            return self.tap(name, x)
-        total = factor * x
-        tapped = self.tap(name, total)
-        return frozen_like(torch.where(tapped == total, x, tapped / factor), tapped / factor)
-
-    def tap(self, name: str, x: Tensor) -> Tensor:
-        if not self.taps.wants(name):
-            return x
-        columns = self.taps.frame.queries.shape[1]
-        spread = 2 if name.endswith("hook_scale") else 3
-        if x.ndim < spread or (x.ndim == 2 and x.shape[1] == 1):  # some families flatten batch and position
-            shape = (-1, columns) if spread == 2 else (-1, columns, x.shape[-1])
-            return self.taps(name, x.reshape(shape)).reshape(x.shape)
-        return self.taps(name, x)
-
-    def per_head(self, name: str, x: Tensor) -> Tensor:
-        if not self.taps.wants(name):
-            return x
-        heads = self.anatomy.n_kv_heads if name.endswith("hook_k") else self.anatomy.n_heads
-        return self.taps(name, x.unflatten(-1, (heads, -1))).flatten(-2)
-
-    def result(self, name: str, o: nn.Module, z: Tensor) -> Tensor:
-        heads, factor = self.anatomy.n_heads, self.anatomy.factors.write
-        per_head = torch.einsum("bphd,hdm->bphm", z.unflatten(-1, (heads, -1)), w_o(o, heads))
-        total = self.taps(name, per_head if factor == 1.0 else factor * per_head).sum(2)
-        total = total if factor == 1.0 else total / factor
-        return total if o.bias is None else total + o.bias  # type: ignore[operator]
-
     # -- the attention function
 
     def switch_attention(self, config: Any, masked: bool) -> None:
-        """Gives this model's modules a copy of the config that names the tap; the config object itself may be shared
+        """Gives this model's modules a copy of their config that names the tap; the config object itself may be shared
         with other models and is not touched. Where an adapter is the tap, the mask alone may call for that."""
         native = config._attn_implementation
         wanted = any(name.endswith(("attn_scores", "hook_pattern")) for name in self.taps.names)
@@ -301,7 +283,10 @@ class _Installer(Hooks):
             )
         if self.anatomy.family.adapter is not None and not masked:
             return
-        tapped = copy.copy(config)
-        tapped._attn_implementation = name_of("eager" if inside else native)
+        tapped: dict[int, Any] = {}
         for module in self.anatomy.configured:
-            self.attribute(module, "config", tapped)
+            own: Any = module.config
+            if id(own) not in tapped:
+                tapped[id(own)] = copy.copy(own)
+                tapped[id(own)]._attn_implementation = name_of("eager" if inside else native)
+            self.attribute(module, "config", tapped[id(own)])

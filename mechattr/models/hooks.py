@@ -53,9 +53,3 @@ class Hooks:
                 module.__dict__.pop(name, None)
 
         self.stack.callback(undo)
-
-    def skip(self, block: nn.Module, *, several: bool) -> None:
-        """Makes a block hand its input through, for runs that start above it; `several`: as the first of a tuple."""
-        self.attribute(
-            block, "forward", lambda hidden_states, *_, **__: (hidden_states, None) if several else hidden_states
-        )

@@ -56,8 +56,8 @@ def norm_of(module: nn.Module, like: Tensor) -> Norm:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module is a LayerNorm or one of the families' RMSNorms."""
-    return _is_centred(module) or type(module).__name__.endswith("RMSNorm")
+    """Whether a module is a LayerNorm or one of the families' RMSNorms, as T5's layer norm is."""
+    return _is_centred(module) or type(module).__name__.endswith(("RMSNorm", "T5LayerNorm"))
 
 
 def _is_centred(module: nn.Module) -> bool:

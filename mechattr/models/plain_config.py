@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mechattr.errors import SettingError, nearest
-from mechattr.sites import SITES
+from mechattr.sites import SITES, of_source
 
 ACTIVATIONS = {
     "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
@@ -164,7 +164,7 @@ def site_names(c: PlainConfig) -> tuple[str, ...]:
         absent |= {"mlp_pre_linear"}
     if not c.d_mlp:
         absent |= {"ln2", "ln2_scale", "mlp_pre", "mlp_pre_linear", "mlp_post", "mlp_out"}
-    specs = [s for s in SITES.values() if s.short not in absent]
+    specs = [s for s in SITES.values() if s.short not in absent and not of_source(s.short)]
     before = [s.template for s in specs if not s.layered and "embed" in s.short]
     after = [s.template for s in specs if not s.layered and "embed" not in s.short]
     return (*before, *(s.template.format(l=i) for i in range(c.n_layers) for s in specs if s.layered), *after)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,11 +29,13 @@ def selfcheck(model: HookedHF) -> None:
         SelfCheckError: a site does not fire, has another shape, or overwriting the pattern does not act; or attention
             with taps in it is not the model's own.
     """
-    ids = torch.arange(4, device=model.model.device)[None] % model.info.d_vocab
-    batch = Batch.of(ids)
+    ids = torch.arange(5, device=model.model.device)[None] % model.info.d_vocab
+    batch = Batch.of(ids[:, :4])
+    if model.info.n_encoder_layers:
+        batch = replace(batch, source=Batch.of(ids))
     fired = _fire(model, batch, model.sites())
     silent = [name for name in model.sites() if name not in fired]
-    untapped = [name for name in silent if parse(name)[0] in ATTENTION]
+    untapped = [name for name in silent if _kind(name) in ATTENTION]
     if untapped:
         raise UnsupportedModelError(
             f"a hooked {type(model.model).__name__}",
@@ -52,7 +55,7 @@ def selfcheck(model: HookedHF) -> None:
             raise SelfCheckError(
                 f"site {name}", f"shape {tuple(x.shape)}", f"expected {wanted}: the family table is wrong"
             )
-    patterns = {name: x for name, x in fired.items() if parse(name)[0] == "pattern"}
+    patterns = {name: x for name, x in fired.items() if _kind(name) == "pattern"}
     if not all(bool(torch.isfinite(x).all()) for x in patterns.values()):
         return  # weights that overflow are reported by the first run, with the place where it begins
     if any(bool((x.sum(-1) > 1 + 1e-2).any()) or bool((x < 0).any()) for x in patterns.values()):
@@ -64,12 +67,18 @@ def selfcheck(model: HookedHF) -> None:
 
 
 def axis_sizes(info: ModelInfo, columns: int) -> dict[str, int]:
-    """The length of every axis of a site in a run of one row."""
-    return {"batch": 1, "pos": columns, "query": columns, "key": columns, **info.sizes}
+    """The length of every axis of a site in a run of one row, whose source has one column more."""
+    source = {"source": columns + 1, "source_query": columns + 1}
+    return {"batch": 1, "pos": columns, "query": columns, "key": columns, **source, **info.sizes}
+
+
+def _kind(name: str) -> str:
+    """What a site is, in whichever of a model's attentions: the short name without what tells them apart."""
+    return parse(name)[0].removeprefix("cross_").removeprefix("encoder_")
 
 
 def _fire(model: HookedHF, batch: Batch, sites: Sequence[str]) -> dict[str, torch.Tensor]:
-    taps = Taps(frame=Frame(batch.lengths, batch.positions, batch.positions), record=frozenset(sites))
+    taps = Taps(frame=Frame.whole(batch), record=frozenset(sites))
     with torch.no_grad():
         model._forward(batch, taps)
     return taps.activations
@@ -79,13 +88,13 @@ def _check_sums(model: HookedHF, fired: Mapping[str, torch.Tensor]) -> None:
     """What attention and MLP are said to write must be what a block adds to the stream. (A post-norm encoder normalises
     the sum.)"""
     for layer in range(0 if model.info.post_norm else model.info.n_layers):
-        before, attention, mlp, after = (
-            fired[full_name(short, layer)].float() for short in ("resid_pre", "attn_out", "mlp_out", "resid_post")
-        )
-        if bool(((before + attention + mlp - after).abs() > 2e-2 * after.abs().max() + 1e-6).any()):  # bfloat16
+        names = [full_name(short, layer) for short in ("resid_pre", "attn_out", "cross_attn_out", "mlp_out")]
+        after = fired[full_name("resid_post", layer)].float()
+        total = sum(fired[name].float() for name in names if name in fired)
+        if bool(((total - after).abs() > 2e-2 * after.abs().max() + 1e-6).any()):  # bfloat16
             raise SelfCheckError(
                 f"what block {layer} writes",
-                "resid_pre + attn_out + mlp_out is not resid_post",
+                f"{' + '.join(parse(name)[0] for name in names if name in fired)} is not resid_post",
                 "name the modules whose outputs are added to the stream: a post-norm, or a projection",
             )
 
@@ -105,10 +114,10 @@ def _check_adapter(model: HookedHF, batch: Batch, fired: Mapping[str, torch.Tens
 def _check_causes(model: HookedHF, batch: Batch, patterns: Mapping[str, torch.Tensor]) -> None:
     """Overwrites every pattern: each layer's z must then be the new pattern times v."""
     turned = {name: x.flip(-1) for name, x in patterns.items()}
-    seen = model.run(batch, record=("v", "z"), edits=[Edit(name, Set(x)) for name, x in turned.items()]).activations
+    record = [name for name in model.sites() if _kind(name) in ("v", "z")]
+    seen = model.run(batch, record=record, edits=[Edit(name, Set(x)) for name, x in turned.items()]).activations
     for name, pattern in turned.items():
-        layer = parse(name)[1]
-        v, z = (seen[full_name(short, layer)].values.float() for short in ("v", "z"))
+        v, z = (seen[name.replace("hook_pattern", f"hook_{short}")].values.float() for short in ("v", "z"))
         v = v.repeat_interleave(z.shape[2] // v.shape[2], 2)
         wanted = torch.einsum("bhqk,bkhd->bqhd", pattern.float(), v)
         if bool(((z - wanted).abs() > 2e-2 * wanted.abs().max() + 1e-6).any()):  # bfloat16 has 8 bits

@@ -23,7 +23,7 @@ from mechattr.models.base import Batch, Metric, ModelInfo, Run, Start, Visit
 from mechattr.models.edits import Edit, Frame
 from mechattr.models.rules import Rules, check_rules
 from mechattr.models.taps import Point, Taps, Watch, plan_edits
-from mechattr.sites import expand, parse, site_spec
+from mechattr.sites import expand, parse, position_axis, reads_source, site_spec
 
 
 @dataclass(eq=False, slots=True)
@@ -113,8 +113,8 @@ def plan(
     check_rules(rules, sites)
     _check_hold(rules, info)
     taps = Taps(
-        frame=Frame(batch.lengths, batch.positions, batch.positions),
-        edits=plan_edits(edits, sites, info, batch.lengths),
+        frame=Frame.whole(batch),
+        edits=plan_edits(edits, sites, info, batch.lengths, batch.prompt.lengths),
         record=frozenset(expand(record, sites)),
         gradients=wanted,
         rules=rules or Rules(),
@@ -255,7 +255,8 @@ def _check_explicit_positions(edits: Sequence[Edit], batch: Batch) -> None:
     for edit in edits:
         somewhere = edit.rows is None or len(edit.rows)
         if edit.positions is not None and not isinstance(edit.positions, str) and somewhere:
-            part = batch if edit.rows is None else batch.rows(edit.rows)
+            side = batch.prompt if reads_source(site_spec(edit.site).axes) else batch
+            part = side if edit.rows is None else side.rows(edit.rows)
             for position in edit.positions:
                 part.columns(position)
 
@@ -291,9 +292,10 @@ def check_finite(
     found = activations()
     for name in sites:
         x = found.get(name)
-        if x is None or parse(name)[0] in ("attn_scores", "pattern"):  # masked scores are infinite by design
+        axes = site_spec(name).axes
+        if x is None or position_axis(axes) != 1:  # masked scores are infinite by design
             continue
-        if not bool(torch.isfinite(x[batch.mask]).all()):
+        if not bool(torch.isfinite(x[(batch.prompt if reads_source(axes) else batch).mask]).all()):
             raise NonFiniteError(
                 "a forward pass",
                 f"NaN or infinity, first at {name} (dtype {x.dtype})",

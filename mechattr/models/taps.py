@@ -18,7 +18,7 @@ from mechattr.errors import SettingError, UnknownSiteError
 from mechattr.models.base import AttentionForm, ModelInfo, Start, Visit
 from mechattr.models.edits import Edit, Frame, apply, validate
 from mechattr.models.rules import Rules, out_of_reach
-from mechattr.sites import expand, site_spec
+from mechattr.sites import expand, reads_source, site_spec
 
 
 @dataclass(eq=False, slots=True)
@@ -100,7 +100,8 @@ class Taps:
     forms: dict[int, AttentionForm] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        held = {f"blocks.{layer}.hook_{write}" for layer in self.rules.hold for write in ("attn_out", "mlp_out")}
+        writes = ("attn_out", "cross_attn_out", "mlp_out")
+        held = {f"blocks.{layer}.hook_{write}" for layer in self.rules.hold for write in writes}
         self.held = frozenset(held)
         self.names = frozenset(self.edits) | self.record | self.gradients | self.held
 
@@ -139,15 +140,20 @@ def supported(feature: Any, sites: Sequence[str]) -> bool:
         return False
 
 
-def plan_edits(edits: Sequence[Edit], sites: Sequence[str], info: ModelInfo, lengths: Tensor) -> dict[str, list[Edit]]:
-    """Edits by full site name, each checked against the model and the batch."""
-    sizes = {"layer": info.n_layers, **info.sizes}
+def plan_edits(
+    edits: Sequence[Edit], sites: Sequence[str], info: ModelInfo, lengths: Tensor, source: Tensor | None = None
+) -> dict[str, list[Edit]]:
+    """Edits by full site name, each checked against the model and the lengths of a batch's rows and of its source's."""
+    sizes = info.sizes
     planned: dict[str, list[Edit]] = {}
     if isinstance(edits, Edit) or not all(isinstance(edit, Edit) for edit in edits):
         raise SettingError("edits", f"{edits!r:.80}", "give a list of Edit")
     for edit in edits:
         for name in expand(edit.site, sites):  # all of them first: a wrong layer is an error of its own
-            validate(edit, name, site_spec(name).axes, sizes, lengths)
+            axes = site_spec(name).axes
+            layers = info.n_encoder_layers if name.startswith("encoder.") else info.n_layers
+            real = source if source is not None and reads_source(axes) else lengths
+            validate(edit, name, axes, {**sizes, "layer": layers}, real)
         for name in expand(edit.site, sites, edit.layers):
             planned.setdefault(name, []).append(edit)
     return planned

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechattr.models.base import Batch, HookedModel, Start
+from mechattr.models.cross import arguments, generating
 from mechattr.models.edits import Edit
 from mechattr.models.hf import HookedHF
 from mechattr.models.images import marked
@@ -100,21 +101,29 @@ def _logits(name: str) -> Check:
         model = HookedHF(own)
         batch = sample(model, (5, 5))
         with torch.no_grad():
-            errors[attention] = _off(model.run(batch).logits, own(batch.tokens).logits)
+            given = {"input_ids": batch.tokens} if batch.source is None else arguments(batch)
+            errors[attention] = _off(model.run(batch).logits, own(**given).logits)
     return _worst("logits", errors, 0.0)
 
 
 def _generation(model: HookedHF) -> Check:
     batch = sample(model, (5, 5))
-    own = model.model.generate(batch.tokens, attention_mask=batch.mask.long(), max_new_tokens=4, do_sample=False)
+    given = {"attention_mask": batch.mask.long()} if batch.source is None else generating(batch)
+    own = model.model.generate(batch.prompt.tokens, **given, max_new_tokens=4, do_sample=False)
     edited = model.generate(batch, edits=[Edit("resid_post", Add(0.0))], max_new_tokens=4, do_sample=False).tokens
     same = own.shape == edited.shape and bool((own == edited).all())
     return Check(name="generation", error=0.0 if same else 1.0, limit=0.0)
 
 
 def sample(model: HookedModel, lengths: Sequence[int]) -> Batch:
-    """Rows of random token ids, padded on the right."""
-    ids = torch.randint(0, model.info.d_vocab, (len(lengths), max(lengths)), generator=_seeded(0))
+    """Rows of random token ids, padded on the right; an encoder's are in the other order, and one longer."""
+    batch = _random(model, lengths, seed=0)
+    others = [length + 1 for length in reversed(lengths)]
+    return replace(batch, source=_random(model, others, seed=3)) if model.info.n_encoder_layers else batch
+
+
+def _random(model: HookedModel, lengths: Sequence[int], seed: int) -> Batch:
+    ids = torch.randint(0, model.info.d_vocab, (len(lengths), max(lengths)), generator=_seeded(seed))
     ids = ids.where(~marked(ids, model.info.image_token), (ids + 1) % model.info.d_vocab)  # text alone
     return Batch.of(ids, torch.arange(max(lengths)) < torch.tensor(lengths)[:, None])
 
@@ -148,7 +157,7 @@ def _recording(model: HookedModel, batch: Batch) -> Check:
         kept = model.run(batch, record=[short])
         edited = model.run(batch, edits=[Edit(short, Set(kept.activations))])
         error = max(_off(run.logits, plain) for run in (kept, edited))
-        errors[short] = 0.0 if short in RESUMMED and error < 1e-5 else error
+        errors[short] = 0.0 if short.endswith(RESUMMED) and error < 1e-5 else error
     return _worst("recording", errors, 0.0)
 
 
@@ -190,7 +199,8 @@ def _padding(model: HookedModel, limit: float) -> Check:
 def trimmed(batch: Batch) -> Batch:
     """A row without its padding, which is on the right."""
     n = int(batch.lengths.max())
-    return replace(batch, tokens=batch.tokens[:, :n], mask=batch.mask[:, :n])
+    source = None if batch.source is None else trimmed(batch.source)
+    return replace(batch, tokens=batch.tokens[:, :n], mask=batch.mask[:, :n], source=source)
 
 
 def _restart(model: HookedModel, batch: Batch) -> Check:

@@ -2,7 +2,9 @@
 
 `W_Q W_K W_V` are [head, d_model, d_head], `W_O` [head, d_head, d_model], `W_in W_gate` [d_model, d_mlp], `W_out`
 [d_mlp, d_model], `W_E` [d_vocab, d_model], `W_pos` [n_ctx, d_model], `W_U` [d_model, d_vocab]; biases likewise. What a
-model multiplies by between its modules is in them, so that `z W_O + b_O` is what is added to the residual stream.
+model multiplies by between its modules is in them, so that `z W_O + b_O` is what is added to the residual stream. An
+encoder-decoder model has `blocks.{l}.cross_attn.W_Q` beside `blocks.{l}.attn.W_Q`, and those of its encoder under
+`encoder.`, such as `encoder.{l}.attn.W_Q` and `encoder.embed.W_E`.
 """
 
 from __future__ import annotations
@@ -47,6 +49,9 @@ def weight(name: str, anatomy: Anatomy, head: nn.Module | None) -> Tensor:
     Raises:
         UnknownNameError: no such name, or the model has no such part.
     """
+    if name.startswith("encoder.") and anatomy.source is not None:
+        rest = name.removeprefix("encoder.")
+        return weight(f"blocks.{rest}" if rest[0].isdigit() else rest, anatomy.source, None)
     found = _end(name, anatomy, head) if not name.startswith("blocks.") else _block(name, anatomy)
     if found is None:
         names = [*END_NAMES, *(f"blocks.0.{n}" for n in BLOCK_NAMES)]
@@ -85,8 +90,11 @@ def _end(name: str, anatomy: Anatomy, head: Any) -> Tensor | None:
         return positions.weight[getattr(positions, "offset", anatomy.family.position_offset) :]
     if name in ("ln_final.w", "ln_final.b") and "final" in ends:
         return _norm(ends["final"], name[-1], anatomy)
-    if name in ("unembed.W_U", "unembed.b_U") and head is not None:
-        return _times(matrix(head) if name == "unembed.W_U" else _bias(head), anatomy.factors.logits)
+    if name == "unembed.W_U" and head is not None:
+        return _times(matrix(head), anatomy.factors.logits)
+    if name == "unembed.b_U" and head is not None:
+        own = _times(_bias(head), anatomy.factors.logits)
+        return own if anatomy.logit_bias is None else own + anatomy.logit_bias[0]
     return None
 
 
@@ -95,6 +103,8 @@ def _block(name: str, anatomy: Anatomy) -> Tensor | None:
     if match is None or int(match[1]) >= len(anatomy.blocks):
         return None
     parts, group, short = anatomy.parts[int(match[1])], match[2], match[3]
+    if group == "cross_attn" and anatomy.cross:
+        parts, group = anatomy.cross[int(match[1])], "attn"
     if group in ("ln1", "ln2"):
         return _norm(parts[group], short, anatomy) if group in parts and short in "wb" else None
     if group == "attn" and short in ("W_O", "b_O"):

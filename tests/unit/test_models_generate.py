@@ -31,7 +31,7 @@ def strong(site: str, **selection) -> Edit:
 
 @pytest.mark.parametrize("family", DECODERS)
 def test_an_edit_of_strength_zero_gives_the_same_tokens(family):
-    batch, inside = families.ragged("left"), families.inside_mlp(families.hooked(family))
+    batch, inside = families.ragged_of(family, "left"), families.inside_mlp(families.hooked(family))
     edits = [Edit(site, Scale(1.0)) for site in ("resid_post", "z", "v", "k", inside, "pattern")]
     assert torch.equal(continued(family, batch, *edits), continued(family, batch))
 
@@ -57,11 +57,10 @@ def test_edits_reach_what_they_name(positions):
 
 @pytest.mark.parametrize("family", DECODERS)
 def test_left_padded_prompts_continue_as_they_do_alone(family):
-    batch, edit = families.ragged("left"), strong("resid_post", positions=[0, -1, 7], layers=[0])
+    batch, edit = families.ragged_of(family, "left"), strong("resid_post", positions=[0, -1, 7], layers=[0])
     together = continued(family, batch, edit)
     for row in range(len(batch)):
-        alone = Batch.of(batch.tokens[row, batch.mask[row]])
-        assert torch.equal(together[row], continued(family, alone, edit)[0])
+        assert torch.equal(together[row], continued(family, families.alone(batch, row), edit)[0])
 
 
 def test_values_are_given_for_positions_that_come_one_by_one():

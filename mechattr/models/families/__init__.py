@@ -5,10 +5,10 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
-from mechattr.models.families import dense, encoders, moe, parallel, vision
+from mechattr.models.families import dense, encoders, moe, parallel, seq2seq, vision
 from mechattr.models.families.family import Family, full_sites, short_sites, text_config
 
-_TABLES: tuple[ModuleType, ...] = (dense, moe, parallel, encoders, vision)
+_TABLES: tuple[ModuleType, ...] = (dense, moe, parallel, encoders, seq2seq, vision)
 
 FAMILIES: dict[str, Family] = {name: row for table in _TABLES for name, row in table.ROWS.items()}
 

@@ -9,7 +9,27 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mechattr.sites import SITES
+from mechattr.sites import SITES, SiteSpec, of_source
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cross:
+    """Where a decoder's cross-attention is, as paths within a block.
+
+    Attributes:
+        attn: the module that calls the attention function, and whose output is added to the residual stream.
+        o: its output projection.
+        ln: the norm before it (after it where norms act on the stream).
+        q, k, v: the projections.
+    """
+
+    attn: str
+    o: str
+    ln: str
+    q: str
+    k: str
+    v: str
+
 
 # The fields that are modules of a block.
 PARTS = (
@@ -62,6 +82,9 @@ class Family:
             it receives, image features among the token embeddings, and paths are relative to it.
         text: the family of that language model; by default the model type of the config's text part.
         variant: what of the row depends on the config: config -> fields that replace those of the row.
+        cross: cross-attention, in the decoder of an encoder-decoder model.
+        source: the row of its encoder.
+        by_column: the position embedding counts columns and cannot be told positions.
     """
 
     layers: str = "layers"
@@ -103,6 +126,9 @@ class Family:
     auto: str = "AutoModelForCausalLM"
     language: str | None = None
     text: str | None = None
+    cross: Cross | None = None
+    source: Family | None = None
+    by_column: bool = False
     variant: Callable[[Any], Mapping[str, Any]] | None = None
 
     def of(self, config: Any) -> Family:
@@ -117,12 +143,19 @@ class Family:
     @property
     def bounded(self) -> bool:
         """Whether positions run out at `n_ctx`."""
-        return self.position_table or not (self.rotary or self.alibi)
+        return self.position_table or self.pos_embed is not None
 
     @property
     def parts(self) -> tuple[str, ...]:
         """The names of the modules of a block."""
         return tuple(name for name in PARTS if getattr(self, name) is not None)
+
+    @property
+    def positions(self) -> str:
+        """How positions enter: as rotations, a table of embeddings, or biases of scores."""
+        if self.rotary or self.alibi:
+            return "alibi" if self.alibi else "rotary"
+        return "relative" if self.pos_embed is None else "learned"
 
 
 def text_config(config: Any, family: Family) -> Any:
@@ -147,19 +180,37 @@ def short_sites(family: Family, parts: Collection[str] | None = None) -> tuple[s
         "expert_out": "experts" not in parts,
         "ln_final": family.final is None,
         "ln_final_scale": family.final is None,
+        "resid_mid_cross": family.cross is None or family.post_norm,
     }
+    if family.cross is None:
+        absent |= {short: True for short in SITES if of_source(short)}
+    if family.source is not None:
+        there = [f"encoder_{short}" for short in short_sites(family.source)]
+        absent |= {short: short not in there for short in SITES if short.startswith("encoder_")}
     return tuple(short for short in SITES if not absent.get(short, False))
 
 
-def full_sites(family: Family, blocks: Sequence[Collection[str]]) -> tuple[str, ...]:
-    """The full names in the order of the forward pass; `blocks` has the parts of each block."""
-    ends = [SITES[short] for short in short_sites(family) if not SITES[short].layered]
+def full_sites(
+    family: Family, blocks: Sequence[Collection[str]], source: Sequence[Collection[str]] = ()
+) -> tuple[str, ...]:
+    """The full names in the order of the forward pass.
+
+    Args:
+        family: the row.
+        blocks: the parts of each block.
+        source: those of each block of the encoder beside a decoder, which comes first.
+    """
+    encoder = () if family.source is None else _in_order(family.source, source, "encoder_")
+    return (*encoder, *_in_order(family, blocks, ""))
+
+
+def _in_order(family: Family, blocks: Sequence[Collection[str]], prefix: str) -> tuple[str, ...]:
+    def specs(parts: Collection[str] | None = None) -> list[SiteSpec]:
+        shorts = [prefix + s for s in short_sites(family, parts) if not s.startswith("encoder_")]
+        return [SITES[short] for short in shorts if short in SITES]
+
+    ends = [spec for spec in specs() if not spec.layered]
     before = [spec.template for spec in ends if "embed" in spec.short]
     after = [spec.template for spec in ends if "embed" not in spec.short]
-    inside = [
-        SITES[short].template.format(l=layer)
-        for layer, parts in enumerate(blocks)
-        for short in short_sites(family, parts)
-        if SITES[short].layered
-    ]
+    inside = [spec.template.format(l=i) for i, parts in enumerate(blocks) for spec in specs(parts) if spec.layered]
     return (*before, *inside, *after)
