@@ -101,8 +101,12 @@ def batch_of(family: str, ids: torch.Tensor) -> Batch:
 
 def ragged_of(family: str, side: str = "right") -> Batch:
     """`ragged` rows that a small model can run: with a ragged source where it reads one."""
-    batch = ragged(side)
-    return replace(batch, source=ragged(side, (3, 6, 5))) if has_source(family) else batch
+    return with_source(ragged(side)) if has_source(family) else ragged(side)
+
+
+def with_source(batch: Batch) -> Batch:
+    """Three rows, and a ragged source that is padded on the same side."""
+    return replace(batch, source=ragged(batch.padding_side, (3, 6, 5)))
 
 
 def alone(batch: Batch, row: int) -> Batch:

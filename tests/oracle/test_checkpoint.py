@@ -40,6 +40,7 @@ def visited(model: Any, batch: Batch, **how: Any) -> dict[str, tuple[Tensor, Ten
 def assert_every_bit(model: Any, **how: Any) -> None:
     """Activations and gradients at all sites, stored and visited."""
     batch, sites = families.ragged("left"), list(model.sites())
+    batch = families.with_source(batch) if model.info.n_encoder_layers else batch
     how["edits"] = [edit for edit in how.get("edits", ()) if model.supports(edit.site)]
     if "start" in how:
         sites = [n for n in sites if n.startswith("blocks.1.")]
