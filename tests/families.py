@@ -19,7 +19,9 @@ from mechattr.models.families import FAMILIES as ROWS
 from mechattr.models.families import small_configs
 from mechattr.models.small import small_model
 
-FAMILIES = tuple(small_configs())
+EVERY = tuple(small_configs())
+SOURCED = tuple(name for name, config in small_configs().items() if ROWS[config.model_type].source is not None)
+FAMILIES = tuple(name for name in EVERY if name not in SOURCED)  # those that run rows of tokens alone
 ENCODERS = tuple(name for name, config in small_configs().items() if ROWS[config.model_type].encoder)
 DECODERS = tuple(name for name in FAMILIES if name not in ENCODERS)
 # transformers has no sdpa for scores with a softcap or sinks, nor for some families whose attention is their own
@@ -87,21 +89,16 @@ def hooked(family: str, dtype: torch.dtype = torch.float32, attention: str = "ea
     return HookedHF(small_model(family, dtype, attention))
 
 
-def has_source(family: str) -> bool:
-    """Whether a small model is an encoder-decoder."""
-    return bool(configs()[family].is_encoder_decoder)
-
-
 def batch_of(family: str, ids: torch.Tensor) -> Batch:
     """Rows without padding that a small model can run: with a source of another length where it reads one."""
     batch = Batch.of(ids)
     source = Batch.of(tokens(len(ids), 5, seed=int(ids[0, 0])))
-    return replace(batch, source=source) if has_source(family) else batch
+    return replace(batch, source=source) if family in SOURCED else batch
 
 
 def ragged_of(family: str, side: str = "right") -> Batch:
     """`ragged` rows that a small model can run: with a ragged source where it reads one."""
-    return with_source(ragged(side)) if has_source(family) else ragged(side)
+    return with_source(ragged(side)) if family in SOURCED else ragged(side)
 
 
 def with_source(batch: Batch) -> Batch:

@@ -10,7 +10,7 @@ from mechattr.errors import UnknownSiteError, UnsupportedFeatureError
 from mechattr.models import Add, Batch, Edit, Set, Start
 from mechattr.sites import parse
 
-every_family = pytest.mark.parametrize("family", families.FAMILIES)
+every_family = pytest.mark.parametrize("family", families.EVERY)
 SUMMED = ("result", "expert_out")  # taking these apart sums heads or experts in another order
 every_attention = pytest.mark.parametrize(("family", "attention"), families.ATTENTIONS)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)

@@ -58,7 +58,7 @@ def assert_every_bit(model: Any, **how: Any) -> None:
         assert torch.equal(other[name][0], x) and torch.equal(other[name][1], g), name
 
 
-@pytest.mark.parametrize("family", families.FAMILIES)
+@pytest.mark.parametrize("family", families.EVERY)
 def test_every_bit_of_every_family(family: str) -> None:
     assert_every_bit(families.hooked(family), edits=EDITS)
 

@@ -11,7 +11,7 @@ import torch
 from mechattr.models import Add, Batch, Edit, HookedModel, PlainConfig, Rules, Set, plain_model, taps
 from mechattr.sites import parse
 
-every_family = pytest.mark.parametrize("family", families.FAMILIES)
+every_family = pytest.mark.parametrize("family", families.EVERY)
 STEP = 1e-3  # in units of the direction's length; Richardson leaves an error of its fourth power
 # Richardson's error is of order 1e-12, rounding of order 1e-12 / STEP, and curvature of sharp softmaxes adds the rest
 TOLERANCE = 1e-4

@@ -10,7 +10,7 @@ from mechattr.errors import SettingError
 from mechattr.models import Add, Batch, Edit, PlainConfig, Scale, Set, Zero, plain_model
 from mechattr.sites import SITES
 
-DECODERS = families.DECODERS
+DECODERS = (*families.DECODERS, *families.SOURCED)
 STEPS = 6
 
 
