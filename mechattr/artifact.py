@@ -261,7 +261,8 @@ class Attribution(Artifact):
         if node.site not in values:
             raise UnknownSiteError(f"{which} of {node}", f"scores of {', '.join(values)}", nearest(node.site, values))
         head = "kv_head" if "kv_head" in values[node.site].axes else "head"
-        where = {"layer": node.layer, "pos": node.pos, head: node.head, "neuron": node.neuron}
+        neuron = "latent" if "latent" in values[node.site].axes else "neuron"
+        where = {"layer": node.layer, "pos": node.pos, head: node.head, neuron: node.neuron}
         picked = values[node.site].sel(**{axis: value for axis, value in where.items() if value is not None})
         if picked.axes:
             raise AxisError(f"{which} of {node!r}", f"scores with axes {picked.axes} left", "give the node all of them")

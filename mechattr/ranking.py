@@ -13,7 +13,7 @@ from mechattr.errors import AxisError
 from mechattr.labelled import Coordinate, Labelled
 
 # Axis of a score table -> field of a node, in the order of the fields.
-_FIELDS = {"layer": "layer", "pos": "pos", "head": "head", "kv_head": "head", "neuron": "neuron"}
+_FIELDS = {"layer": "layer", "pos": "pos", "head": "head", "kv_head": "head", "neuron": "neuron", "latent": "neuron"}
 
 
 def is_node_table(table: Labelled) -> bool:

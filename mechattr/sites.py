@@ -22,6 +22,10 @@ SCALE = ("batch", "pos")
 EXPERTS = ("batch", "pos", "expert")
 SOURCE_KV_HEADS = ("batch", "source", "kv_head", "d_head")
 SOURCE_SCORES = ("batch", "head", "query", "source")
+LATENTS = ("batch", "pos", "latent")
+
+# Where a dictionary of the user can be put: its latents and its error are then sites, too.
+HOSTS = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +83,12 @@ _BLOCKS: dict[str, SiteSpec] = {
         SiteSpec("ln_final", "ln_final.hook_out", RESID),
     )
 }
+_DICTIONARIES = [
+    SiteSpec(f"{host}_{part}", f"blocks.{{l}}.hook_{host}.hook_sae_{hook}", axes)
+    for part, hook, axes in (("latents", "acts_post", LATENTS), ("error", "error", RESID))
+    for host in HOSTS
+]
+OF_DICTIONARIES = frozenset(spec.short for spec in _DICTIONARIES)
 
 _OF_SOURCE = {"pos": "source", "query": "source_query", "key": "source"}
 
@@ -93,7 +103,7 @@ def _of_encoder(spec: SiteSpec) -> SiteSpec:
 _NOT_IN_ENCODERS = ("cross", "rot_", "router", "expert")
 _ENCODER = [_of_encoder(spec) for spec in _BLOCKS.values() if not any(part in spec.short for part in _NOT_IN_ENCODERS)]
 
-SITES: dict[str, SiteSpec] = {**_BLOCKS, **{spec.short: spec for spec in _ENCODER}}
+SITES: dict[str, SiteSpec] = {**_BLOCKS, **{spec.short: spec for spec in (*_ENCODER, *_DICTIONARIES)}}
 
 _FULL = re.compile(r"^(?P<stack>blocks|encoder)\.(?P<layer>\d+)\.(?P<rest>.+)$")
 _BY_TEMPLATE = {spec.template: spec for spec in SITES.values()}
@@ -112,6 +122,11 @@ def reads_source(axes: Sequence[str]) -> bool:
 def of_source(short: str) -> bool:
     """Whether a site is there because of a source: cross-attention, or a part of an encoder beside a decoder."""
     return short.startswith("encoder_") or "cross" in short
+
+
+def host_of(short: str) -> str:
+    """The host of a dictionary's latents or error; any other site itself."""
+    return short.rpartition("_")[0] if short in OF_DICTIONARIES else short
 
 
 def full_name(short: str, layer: int | None = None) -> str:
@@ -191,7 +206,8 @@ def expand(names: str | Iterable[str], available: Sequence[str], layers: Iterabl
 
 @dataclass(frozen=True, slots=True, order=True)
 class Node:
-    """One scored component: a site, a layer, and where they apply a position, a head (kv head for k and v) or a neuron.
+    """One scored component: a site, a layer, and where they apply a position, a head (kv head for k and v) or a neuron
+    (a latent at the latents of a dictionary).
 
     `pos` counts the real tokens of a prompt from 0; it is a span's name under named positions and `None` where all
     positions are merged.
@@ -205,13 +221,14 @@ class Node:
 
     @property
     def label(self) -> str:
-        """The name as figures show it: `L3H5 z`, `MLP 2`, `L2N17`, `L1 resid_pre`."""
+        """The name as figures show it: `L3H5 z`, `MLP 2`, `L2N17`, `L1 resid_pre`, `L2N17 resid_post_latents`."""
         if self.layer is None:
             return self.site
         if self.head is not None:
             return f"L{self.layer}H{self.head} {self.site}"
         if self.neuron is not None:
-            return f"L{self.layer}N{self.neuron}" + (f" {self.site}" if self.site.startswith("encoder_") else "")
+            known = self.site.startswith("encoder_") or self.site in OF_DICTIONARIES
+            return f"L{self.layer}N{self.neuron}" + (f" {self.site}" if known else "")
         return f"MLP {self.layer}" if self.site == "mlp_out" else f"L{self.layer} {self.site}"
 
     def __str__(self) -> str:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 HEAD_SITES = ("z", "result", "q", "v", "k", "rot_q", "rot_k")
 MLP_SITES = ("mlp_out", "mlp_post", "mlp_pre")
-MERGED = {"pos": "position", "neuron": "neuron"}  # axes that the map sums over
+MERGED = {"pos": "position", "neuron": "neuron", "latent": "latent"}  # axes that the map sums over
 
 
 def attribution(result: Attribution, ax: Axes | None = None) -> Axes:

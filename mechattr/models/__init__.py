@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mechattr.models.base import Batch, Generation, HookedModel, ModelInfo, Run, Start
+from mechattr.models.dictionary import Dictionary
 from mechattr.models.discovery import discover
 from mechattr.models.edits import Edit
 from mechattr.models.families import Family
@@ -19,6 +20,7 @@ __all__ = [
     "Ablate",
     "Add",
     "Batch",
+    "Dictionary",
     "Edit",
     "Family",
     "Generation",

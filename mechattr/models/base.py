@@ -38,7 +38,8 @@ class ModelInfo:
     image's places in the text, `None` without a vision tower. `mapping` says where the places of the sites were taken
     from: `"table"`, `"discovered"` or `"given"`. `n_experts` counts the experts that stand in place of an MLP (0: there
     are none); `d_mlp` is then the width of one of them. `n_encoder_layers` counts the blocks of the encoder of an
-    encoder-decoder model, whose `n_layers` are those of its decoder.
+    encoder-decoder model, whose `n_layers` are those of its decoder. `latents` has the number of latents of
+    dictionaries, by site.
     """
 
     name: str
@@ -66,14 +67,19 @@ class ModelInfo:
     mapping: str = "table"
     n_experts: int = 0
     n_encoder_layers: int = 0
+    latents: tuple[tuple[str, int], ...] = ()
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The length of each axis that does not depend on the batch."""
+        """The length of each axis that depends neither on the batch nor on the site."""
         return {
             "head": self.n_heads, "kv_head": self.n_kv_heads, "d_head": self.d_head, "d_model": self.d_model,
             "neuron": self.d_mlp, "expert": self.n_experts,
         }  # fmt: skip
+
+    def sizes_at(self, short: str) -> dict[str, int]:
+        """The length of each axis of a site that does not depend on the batch."""
+        return {**self.sizes, "latent": dict(self.latents).get(short, 0)}
 
 
 @dataclass(frozen=True, eq=False)

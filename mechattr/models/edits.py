@@ -34,7 +34,7 @@ class Edit:
             they are query positions. At sites of an encoder, and at `cross_k` and `cross_v`, they count the tokens of
             the source.
         heads: heads, or kv heads at `k`, `rot_k` and `v`.
-        neurons: indices of the last axis of `mlp_pre`, `mlp_pre_linear` and `mlp_post`.
+        neurons: indices of the last axis of `mlp_pre`, `mlp_pre_linear` and `mlp_post`, or of latents.
         experts: experts at `router_logits` and `expert_out`.
         rows: rows of the batch.
     """
@@ -168,8 +168,8 @@ def _grid_index(picks: dict[int, Tensor], shape: Sequence[int], device: torch.de
 
 
 def feature_axis(axes: tuple[str, ...]) -> str:
-    """The axis that `heads`, `neurons` or `experts` select: `head`, `kv_head`, `neuron`, `expert`; empty if none."""
-    return next((axis for axis in axes if axis in ("head", "kv_head", "neuron", "expert")), "")
+    """The axis that an edit selects by `heads`, `neurons` or `experts`; empty if there is none."""
+    return next((axis for axis in axes if axis in ("head", "kv_head", "neuron", "latent", "expert")), "")
 
 
 def validate(edit: Edit, site: str, axes: tuple[str, ...], sizes: Mapping[str, int], lengths: Tensor) -> None:
@@ -179,7 +179,7 @@ def validate(edit: Edit, site: str, axes: tuple[str, ...], sizes: Mapping[str, i
         edit: the edit.
         site: one of the full names that it applies to.
         axes: the axes of that site.
-        sizes: length of `layer` and of the axes `head`, `kv_head`, `neuron` and `expert`.
+        sizes: length of `layer` and of the axes `head`, `kv_head`, `neuron`, `latent` and `expert`.
         lengths: number of real tokens of each row.
 
     Raises:
@@ -197,7 +197,7 @@ def validate(edit: Edit, site: str, axes: tuple[str, ...], sizes: Mapping[str, i
     axis = feature_axis(axes)
     for name, values, wanted in (
         ("heads", edit.heads, ("head", "kv_head")),
-        ("neurons", edit.neurons, ("neuron",)),
+        ("neurons", edit.neurons, ("neuron", "latent")),
         ("experts", edit.experts, ("expert",)),
     ):
         if values is None:

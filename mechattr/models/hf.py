@@ -18,6 +18,7 @@ from mechattr.models.anatomy import locate
 from mechattr.models.base import AttentionForm, Batch, Generation
 from mechattr.models.checks import check_batch, check_room
 from mechattr.models.describe import describe
+from mechattr.models.dictionary import hash_of
 from mechattr.models.discovery import row_of
 from mechattr.models.edits import Edit, Frame
 from mechattr.models.families import Family, full_sites, text_config
@@ -163,6 +164,7 @@ class HookedHF(Running):
         return {
             "weight_hash": self._weight_hash(self.model.state_dict()),
             "tokenizer_hash": text.tokenizer_hash(self.tokenizer),
+            **hash_of(self._dictionaries),
         }
 
     def norm(self, name: str) -> Norm | None:
@@ -235,7 +237,7 @@ class HookedHF(Running):
                 "use model.tokenize(texts, padding_side='left')",
             )
         planned = plan_edits(edits, self._sites, self.info, batch.lengths, batch.prompt.lengths)
-        taps = Taps(frame=Frame.whole(batch), edits=planned)
+        taps = Taps(Frame.whole(batch), planned, self._dictionaries)
         taps.axes = {name: site_spec(name).axes for name in taps.names}
 
         longest = int(batch.lengths.max())

@@ -19,6 +19,7 @@ from mechattr.models.architectures import family_of
 from mechattr.models.base import AttentionForm, Batch, Generation
 from mechattr.models.checks import check_batch
 from mechattr.models.describe import describe
+from mechattr.models.dictionary import hash_of
 from mechattr.models.edits import Edit, Frame
 from mechattr.models.families import full_sites
 from mechattr.models.lens_check import live_sites, selfcheck
@@ -125,6 +126,7 @@ class HookedLens(Running):
         return {
             "weight_hash": self._weight_hash(self._state()),
             "tokenizer_hash": text.tokenizer_hash(self.tokenizer),
+            **hash_of(self._dictionaries),
         }
 
     def _state(self) -> dict[str, Tensor]:
@@ -162,6 +164,7 @@ class HookedLens(Running):
         taps = Taps(
             Frame(batch.lengths, batch.positions, batch.positions),
             plan_edits(edits, self._sites, self.info, batch.lengths),
+            self._dictionaries,
         )
         taps.axes = {name: site_spec(name).axes for name in taps.names}
         settings = self.model.generation_config

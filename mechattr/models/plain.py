@@ -19,6 +19,7 @@ from mechattr.models import tokenize as text
 from mechattr.models.base import AttentionForm, Batch, Generation, ModelInfo
 from mechattr.models.checkpoint import checkpointed
 from mechattr.models.checks import check_batch
+from mechattr.models.dictionary import hash_of
 from mechattr.models.edits import Edit, Frame
 from mechattr.models.load import dtype_of
 from mechattr.models.norms import Norm
@@ -112,6 +113,7 @@ class HookedPlain(Running):
         return {
             "weight_hash": self._weight_hash(self._weights),
             "tokenizer_hash": text.tokenizer_hash(self.tokenizer),
+            **hash_of(self._dictionaries),
         }
 
     def norm(self, name: str) -> Norm | None:
@@ -160,6 +162,7 @@ class HookedPlain(Running):
         taps = Taps(
             Frame(batch.lengths, batch.positions, batch.positions),
             plan_edits(edits, self._sites, self.info, batch.lengths),
+            self._dictionaries,
         )
         taps.axes = {name: site_spec(name).axes for name in taps.names}
         tokens, mask = batch.tokens, batch.mask

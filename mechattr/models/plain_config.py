@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mechattr.errors import SettingError, nearest
-from mechattr.sites import SITES, of_source
+from mechattr.sites import OF_DICTIONARIES, SITES, of_source
 
 ACTIVATIONS = {
     "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
@@ -153,7 +153,7 @@ def _norm_shapes(name: str, c: PlainConfig) -> dict[str, tuple[int, ...]]:
 
 def site_names(c: PlainConfig) -> tuple[str, ...]:
     """The full site names of a config, in the order of the forward pass."""
-    absent = {"router_logits", "expert_out"}
+    absent = {"router_logits", "expert_out", *OF_DICTIONARIES}
     if c.positions != "learned":
         absent |= {"pos_embed"}
     if c.norm == "none":

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import ClassVar
+from types import MappingProxyType
+from typing import ClassVar, Self
 
 from torch import Tensor
 
 from mechattr.errors import ModelStateError, UnsupportedFeatureError
 from mechattr.models.base import Batch, Metric, ModelInfo, Run, Start, Visit
+from mechattr.models.dictionary import Dictionary
+from mechattr.models.dictionary_view import with_dictionaries
 from mechattr.models.edits import Edit
 from mechattr.models.rules import Rules
 from mechattr.models.tape import Tape, execute, make_tape
@@ -22,11 +25,17 @@ class Running(ABC):
     """A model whose forward pass calls the taps of a run."""
 
     info: ModelInfo
+    _sites: tuple[str, ...]
+    _dictionaries: Mapping[str, Dictionary] = MappingProxyType({})  # by the full name of their host
     checkpoints: ClassVar[bool] = False  # whether a block can be computed again during a backward pass
 
-    @abstractmethod
     def sites(self) -> tuple[str, ...]:
-        """The full site names, in the order of the forward pass."""
+        """The full site names of this model, in the order of its forward pass."""
+        return self._sites
+
+    @abstractmethod
+    def weight(self, name: str) -> Tensor:
+        """A weight by its standard name."""
 
     @abstractmethod
     def _check(self, batch: Batch) -> None:
@@ -84,6 +93,7 @@ class Running(ABC):
             start=start,
             visit=visit,
             checkpoint=checkpoint,
+            dictionaries=self._dictionaries,
         )
 
     def tape(
@@ -113,7 +123,25 @@ class Running(ABC):
             rules=rules,
             start=start,
             checkpoint=checkpoint,
+            dictionaries=self._dictionaries,
         )
+
+    def with_dictionaries(self, dictionaries: Sequence[Dictionary]) -> Self:
+        """The same model, with the latents and the error of each dictionary as sites; this one stays as it is.
+
+        A dictionary splits what its host holds, x, into decode(f), which its latents f explain, and an error e = x -
+        decode(f). Where nothing is edited x goes on to the last bit; edited latents f' and error e' make it
+        x + (decode(f') - decode(f)) + (e' - e). A dictionary acts before the edits of its host. Weights are shared.
+
+        Args:
+            dictionaries: beside those that the model has already, one a host.
+
+        Raises:
+            SettingError: no dictionaries, two at one host, hosts or sites that the model does not have, layers with
+                different numbers of latents, or an `encode` and `decode` that do not fit what they get: another shape,
+                dtype or device, NaN, or another value each time. (One run of two tokens shows.)
+        """
+        return with_dictionaries(self, dictionaries)
 
     def _check_checkpoint(self, checkpoint: bool) -> None:
         if checkpoint and not self.checkpoints:

@@ -20,6 +20,7 @@ from mechattr.errors import (
     nearest,
 )
 from mechattr.models.base import Batch, Metric, ModelInfo, Run, Start, Visit
+from mechattr.models.dictionary import Dictionary
 from mechattr.models.edits import Edit, Frame
 from mechattr.models.rules import Rules, check_rules
 from mechattr.models.taps import Point, Taps, Watch, plan_edits
@@ -102,6 +103,7 @@ def plan(
     gradients: str | Sequence[str],
     rules: Rules | None,
     start: Start | None,
+    dictionaries: Mapping[str, Dictionary] | None = None,
 ) -> Taps:
     """What a run is to do at each site, checked against the model and the batch before anything runs."""
     wanted = frozenset(expand(gradients, sites))
@@ -117,6 +119,7 @@ def plan(
         edits=plan_edits(edits, sites, info, batch.lengths, batch.prompt.lengths),
         record=frozenset(expand(record, sites)),
         gradients=wanted,
+        dictionaries=dictionaries or {},
         rules=rules or Rules(),
         start=start,
     )
@@ -139,6 +142,7 @@ def make_tape(
     start: Start | None,
     checkpoint: bool = False,
     visited: bool = True,
+    dictionaries: Mapping[str, Dictionary] | None = None,
 ) -> Tape:
     """Runs `forward(taps) -> logits` once; keeps its graph if gradients are asked for.
 
@@ -151,7 +155,7 @@ def make_tape(
         UnsupportedFeatureError: a site that did not fire, such as one below the start.
         NonFiniteError: NaN or infinity at a real token, with the first site that has it.
     """
-    taps = plan(info, sites, batch, record, edits, metric, gradients, rules, start)
+    taps = plan(info, sites, batch, record, edits, metric, gradients, rules, start, dictionaries)
     taps.checkpoint, taps.watch = checkpoint and bool(taps.gradients), Watch(keeps=visited)
     with torch.enable_grad() if taps.gradients else torch.no_grad():
         logits = forward(taps)
@@ -183,6 +187,7 @@ def execute(
     start: Start | None,
     visit: Visit | None,
     checkpoint: bool = False,
+    dictionaries: Mapping[str, Dictionary] | None = None,
 ) -> Run:
     """One run: the forward pass of `make_tape` and, if gradients are asked for, one backward pass.
 
@@ -204,6 +209,7 @@ def execute(
         start=start,
         checkpoint=checkpoint,
         visited=visit is not None,
+        dictionaries=dictionaries,
     )
     found: dict[str, Tensor] = {}
     if visit is not None:
@@ -276,7 +282,9 @@ def no_gradient() -> SettingError:
 
 def _everything(forward: Callable[[Taps], Tensor], sites: Sequence[str], taps: Taps) -> Mapping[str, Tensor]:
     """The activations of all sites in a run of the same edits."""
-    probe = Taps(frame=taps.frame, edits=taps.edits, record=frozenset(sites), start=taps.start)
+    probe = Taps(
+        frame=taps.frame, edits=taps.edits, record=frozenset(sites), start=taps.start, dictionaries=taps.dictionaries
+    )
     probe.axes = {name: site_spec(name).axes for name in probe.names}
     with torch.no_grad():
         forward(probe)

@@ -6,7 +6,7 @@ rules) is here, so that reading, patching and differentiating a site are the sam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from mechattr.errors import SettingError, UnknownSiteError
 from mechattr.models.base import AttentionForm, ModelInfo, Start, Visit
+from mechattr.models.dictionary import Dictionary
 from mechattr.models.edits import Edit, Frame, apply, validate
 from mechattr.models.rules import Rules, out_of_reach
 from mechattr.sites import expand, reads_source, site_spec
@@ -81,10 +82,13 @@ class Taps:
     Attributes:
         checkpoint: whether blocks keep their input only and are computed again as the backward pass reaches them.
         repeats: true while that happens: edits act again, and nothing is recorded a second time.
+        dictionaries: by the full name of their host.
+        inputs: what dictionaries will read, by host, where that is another site.
     """
 
     frame: Frame
     edits: dict[str, list[Edit]] = field(default_factory=dict)
+    dictionaries: Mapping[str, Dictionary] = field(default_factory=dict)
     record: frozenset[str] = frozenset()
     gradients: frozenset[str] = frozenset()
     anchor: Tensor = field(default_factory=lambda: torch.zeros((), requires_grad=True))
@@ -98,12 +102,16 @@ class Taps:
     axes: dict[str, tuple[str, ...]] = field(default_factory=dict)
     fired: set[str] = field(default_factory=set)
     forms: dict[int, AttentionForm] = field(default_factory=dict)
+    inputs: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         writes = ("attn_out", "cross_attn_out", "mlp_out")
         held = {f"blocks.{layer}.hook_{write}" for layer in self.rules.hold for write in writes}
         self.held = frozenset(held)
-        self.names = frozenset(self.edits) | self.record | self.gradients | self.held
+        named = frozenset(self.edits) | self.record | self.gradients | self.held
+        self.active = {host: d for host, d in self.dictionaries.items() if not named.isdisjoint(d.sites)}
+        self.readers = {d.read: [h for h, o in self.active.items() if o.read == d.read] for d in self.active.values()}
+        self.names = named.union(self.active, self.readers)
 
     def wants(self, name: str) -> bool:
         """Whether anything happens at this site."""
@@ -114,6 +122,27 @@ class Taps:
         return not self.names.isdisjoint(names)
 
     def __call__(self, name: str, x: Tensor) -> Tensor:
+        """What goes on from a site: first through its dictionary, then its edits."""
+        if name in self.active:
+            x = self._through(name, x)
+        x = self._pass(name, x)
+        for host in self.readers.get(name, ()):
+            if host != name:
+                self.inputs[host] = x
+        return x
+
+    def _through(self, host: str, x: Tensor) -> Tensor:
+        """x + (decode(f') - decode(f)) + (e' - e): with latents f and error e as they were, x to the last bit, and the
+        gradient below that of the model."""
+        dictionary = self.active[host]
+        latents = dictionary.encode(self.inputs.pop(host, x))
+        decoded = dictionary.decode(latents)
+        error = x - decoded
+        at_latents, at_error = dictionary.sites
+        changed = dictionary.decode(self._pass(at_latents, latents))
+        return x + (changed - decoded) + (self._pass(at_error, error) - error)
+
+    def _pass(self, name: str, x: Tensor) -> Tensor:
         self.fired.add(name)
         for edit in self.edits.get(name, ()):
             x = apply(edit, x, name, self.axes[name], self.frame)
@@ -144,16 +173,15 @@ def plan_edits(
     edits: Sequence[Edit], sites: Sequence[str], info: ModelInfo, lengths: Tensor, source: Tensor | None = None
 ) -> dict[str, list[Edit]]:
     """Edits by full site name, each checked against the model and the lengths of a batch's rows and of its source's."""
-    sizes = info.sizes
     planned: dict[str, list[Edit]] = {}
     if isinstance(edits, Edit) or not all(isinstance(edit, Edit) for edit in edits):
         raise SettingError("edits", f"{edits!r:.80}", "give a list of Edit")
     for edit in edits:
         for name in expand(edit.site, sites):  # all of them first: a wrong layer is an error of its own
-            axes = site_spec(name).axes
+            spec = site_spec(name)
             layers = info.n_encoder_layers if name.startswith("encoder.") else info.n_layers
-            real = source if source is not None and reads_source(axes) else lengths
-            validate(edit, name, axes, {**sizes, "layer": layers}, real)
+            real = source if source is not None and reads_source(spec.axes) else lengths
+            validate(edit, name, spec.axes, {**info.sizes_at(spec.short), "layer": layers}, real)
         for name in expand(edit.site, sites, edit.layers):
             planned.setdefault(name, []).append(edit)
     return planned

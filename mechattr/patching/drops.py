@@ -14,7 +14,7 @@ from typing import Literal
 
 from mechattr.errors import UnknownNameError, nearest
 from mechattr.models.base import ModelInfo
-from mechattr.sites import full_name, parse
+from mechattr.sites import full_name, host_of, parse
 
 UNITS = ("block", "sublayer")
 LN1 = frozenset({"ln1_scale", "ln1"})
@@ -48,6 +48,7 @@ class Drop:
     def reach(self, name: str) -> Reach:
         """What a site sees in this drop: another gradient, the full one, or none."""
         short, layer = parse(name)
+        short = host_of(short)  # a dictionary acts just before its host
         if layer is None:
             return "again" if short in ("embed", "pos_embed") else "full"
         if layer != self.layer:

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from mechattr.errors import UnsupportedFeatureError
 from mechattr.models.base import Batch, HookedModel, Metric, Visit
 from mechattr.models.edits import Edit
 from mechattr.models.rules import Rules
@@ -18,7 +19,7 @@ from mechattr.patching.drops import Drop
 from mechattr.patching.places import Places, per_node
 from mechattr.patching.qk import Fix, fix_of
 from mechattr.patching.variants import Variant, variant_of
-from mechattr.sites import SITES, full_name, parse
+from mechattr.sites import SITES, full_name, host_of, parse
 
 EMBED = SITES["embed"].template
 FIXED = ("rot_q", "rot_k")
@@ -113,6 +114,15 @@ def plan_of(
         UnknownNameError, SettingError, UnsupportedFeatureError: as `variant_of`.
     """
     chosen, drops, _ = variant_of(model.info, model.sites(), variant, unit)
+    beside = {site for drop in drops for site in drop.beside}  # the passes start below
+    lost = [name for name in names if host_of(parse(name)[0]) != parse(name)[0]]
+    lost = [name for name in lost if full_name(host_of(parse(name)[0]), parse(name)[1]) in beside]
+    if lost:
+        raise UnsupportedFeatureError(
+            f"variant {variant!r} at {lost[0]}",
+            "GradDrop's passes over whole blocks go past a dictionary at resid_mid",
+            "use variant='atp', or unit='sublayer'",
+        )
     return Plan.of(names, fixes=(chosen.fix,), drops=drops, alphas=chosen.alphas, rules=rules, checkpoint=checkpoint)
 
 

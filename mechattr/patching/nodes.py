@@ -139,12 +139,11 @@ class NodeTable:
 
 def every_node(model: HookedModel, sites: Sequence[str], places: Places) -> NodeTable:
     """All nodes of some sites."""
-    sizes = {"head": model.info.n_heads, "kv_head": model.info.n_kv_heads, "neuron": model.info.d_mlp}
     columns = []
     for short in sites:
         layers = [NONE if (layer := parse(name)[1]) is None else layer for name in taken_at(model, short)]
         feature = feature_of(short)
-        features = [NONE] if feature is None else range(sizes[feature])
+        features = [NONE] if feature is None else range(model.info.sizes_at(short)[feature])
         grid = torch.cartesian_prod(
             torch.tensor([sites.index(short)]),
             torch.tensor(layers),
@@ -225,14 +224,14 @@ def _among(value: Any, size: int) -> bool:
 
 def _check(model: HookedModel, node: Node) -> None:
     info, feature = model.info, feature_of(node.site)
-    sizes = {"head": info.n_heads, "kv_head": info.n_kv_heads, "neuron": info.d_mlp}
+    sizes = info.sizes_at(node.site)
     problems = []
     if SITES[node.site].layered:
         if not _among(node.layer, info.n_layers):
             problems.append(f"layer {node.layer}: layers run from 0 to {info.n_layers - 1}")
     elif node.layer is not None:
         problems.append(f"layer {node.layer}: {node.site} exists once in the model")
-    for field, value, axes in (("head", node.head, ("head", "kv_head")), ("neuron", node.neuron, ("neuron",))):
+    for field, value, axes in (("head", node.head, ("head", "kv_head")), ("neuron", node.neuron, ("neuron", "latent"))):
         if feature is not None and feature in axes:
             if not _among(value, sizes[feature]):
                 problems.append(f"{field} {value}: {feature} runs from 0 to {sizes[feature] - 1}")

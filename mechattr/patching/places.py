@@ -177,8 +177,8 @@ def taken_at(model: HookedModel, short: str) -> list[str]:
 
 
 def feature_of(short: str) -> str | None:
-    """The axis that tells the nodes of one place apart: `head`, `kv_head`, `neuron` or none."""
-    return next((axis for axis in SITES[short].axes if axis in ("head", "kv_head", "neuron")), None)
+    """The axis that tells the nodes of one place apart: `head`, `kv_head`, `neuron`, `latent` or none."""
+    return next((axis for axis in SITES[short].axes if axis in ("head", "kv_head", "neuron", "latent")), None)
 
 
 def node_axes(short: str, merged: bool) -> tuple[str, ...]:
@@ -196,7 +196,7 @@ def per_node(name: str, x: Tensor) -> Float[Tensor, "pair column ..."]:
     axes = SITES[parse(name)[0]].axes
     if "query" in axes:  # a node is one query row of a head's pattern
         return x.sum(-1).transpose(1, 2)
-    return x if axes[-1] == "neuron" or len(axes) == 2 else x.sum(-1)
+    return x if axes[-1] in ("neuron", "latent") or len(axes) == 2 else x.sum(-1)
 
 
 def direction_of(direction: str) -> Direction:

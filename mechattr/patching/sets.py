@@ -206,8 +206,8 @@ class _Grid(NamedTuple):
         """The grid of the site `table.names[name]`."""
         nodes = (table.name == name).nonzero()[:, 0]
         short = parse(table.names[name])[0]
-        sizes = {"head": info.n_heads, "kv_head": info.n_kv_heads, "neuron": info.d_mlp, None: 1}
-        features = sizes[feature_of(short)]
+        feature = feature_of(short)
+        features = 1 if feature is None else info.sizes_at(short)[feature]
         flat = table.place[nodes] * features + table.feature[nodes].clamp_min(0)
         return cls(nodes, flat, (places.where.shape[1], features), SITES[short].axes)
 

@@ -103,5 +103,6 @@ def source_of(
 
 def shape_of(name: str, info: ModelInfo, rows: int, columns: int) -> tuple[int, ...]:
     """The shape of a site's activation on a batch of so many rows and columns."""
-    sizes = {"batch": rows, "pos": columns, "query": columns, "key": columns, **info.sizes}
-    return tuple(sizes[axis] for axis in SITES[parse(name)[0]].axes)
+    short = parse(name)[0]
+    sizes = {"batch": rows, "pos": columns, "query": columns, "key": columns, **info.sizes_at(short)}
+    return tuple(sizes[axis] for axis in SITES[short].axes)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mechattr.sites import SITES, SiteSpec, of_source
+from mechattr.sites import OF_DICTIONARIES, SITES, SiteSpec, of_source
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,7 +187,7 @@ def short_sites(family: Family, parts: Collection[str] | None = None) -> tuple[s
     if family.source is not None:
         there = [f"encoder_{short}" for short in short_sites(family.source)]
         absent |= {short: short not in there for short in SITES if short.startswith("encoder_")}
-    return tuple(short for short in SITES if not absent.get(short, False))
+    return tuple(short for short in SITES if not absent.get(short, short in OF_DICTIONARIES))
 
 
 def full_sites(
