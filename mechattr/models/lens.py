@@ -187,7 +187,7 @@ class HookedLens(Running):
         return Generation(tokens, start, tuple(texts))
 
     def _forward(self, batch: Batch, taps: Taps) -> Tensor:
-        if not _ruled(taps.rules) or not taps.held <= frozenset(self._sites):
+        if not _ruled(taps.rules) or (taps.rules.hold and self.info.post_norm):
             raise UnsupportedFeatureError(
                 f"{taps.rules!r} on the TransformerLens backend",
                 "norms, activations and softmaxes are computed inside the bridge",

@@ -76,7 +76,7 @@ class NodeTable:
         for short, layer, place, feature in zip(
             site, self.layer.tolist(), self.place.tolist(), self.feature.tolist(), strict=True
         ):
-            kind = "neuron" if feature_of(short) == "neuron" else "head"
+            kind = "neuron" if feature_of(short) in ("neuron", "latent") else "head"
             which = {} if feature == NONE else {kind: feature}
             pos = self.labels[place] if self.labels else None
             found.append(Node(short, None if layer == NONE else layer, pos, **which))
