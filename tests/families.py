@@ -27,7 +27,7 @@ DECODERS = tuple(name for name in FAMILIES if name not in ENCODERS)
 # transformers has no sdpa for scores with a softcap or sinks, nor for some families whose attention is their own
 ATTENTIONS = tuple(
     (name, attention)
-    for name in FAMILIES
+    for name in EVERY
     for attention in ("eager", "sdpa")
     if attention == "eager" or name not in ("gemma2", "vaultgemma", "gpt_oss", "gptj", "codegen", "gpt_neo", "bloom")
 )
