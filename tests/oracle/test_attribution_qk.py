@@ -220,10 +220,23 @@ def test_it_is_what_the_model_does_at_z(kind: str, positions: str) -> None:
 @pytest.mark.parametrize("side", ("right", "left"))
 @pytest.mark.parametrize(
     "family",
-    ("gpt2", "llama", "mistral", "qwen3", "gemma2", "gpt_neox", "bert", "opt", "bloom", "falcon_alibi", "gpt_neo"),
+    (
+        "gpt2",
+        "llama",
+        "mistral",
+        "qwen3",
+        "gemma2",
+        "gpt_neox",
+        "bert",
+        "opt",
+        "bloom",
+        "falcon_alibi",
+        "gpt_neo",
+        "gpt_oss",
+    ),
 )
 def test_it_is_what_transformers_models_do_at_z(family: str, side: str) -> None:
-    """Softcap, sliding windows, grouped queries, query norms, ALiBi, padding: whatever the family's attention does."""
+    """Softcap, sinks, sliding windows, grouped queries, query norms, ALiBi, padding: all that attention does."""
     model = hf(family)
     task = pairs_task(model, (5, 7))
     for positions in ("named", "all"):
@@ -237,6 +250,18 @@ def test_it_is_what_transformers_models_do_at_z(family: str, side: str) -> None:
         torch.testing.assert_close(
             found, slow, rtol=0, atol=1e-5 * bigness(model, task) * max(1.0, float(slow[0].max()))
         )
+
+
+def test_control_without_its_sinks_a_model_is_another_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = hf("gpt_oss")
+    task = pairs_task(model)
+    right = ma.attribution_patching(model, task, sites=("q", "k"), variant="qk")
+    forms = {layer: AttentionForm(model.attention(layer).scaling) for layer in range(model.info.n_layers)}
+    assert all(model.attention(layer).sinks is not None for layer in forms)
+    monkeypatch.setattr(model, "_forms", forms)
+    wrong = ma.attribution_patching(model, task, sites=("q", "k"), variant="qk")
+    for name, table in right.tensors.items():
+        assert float((table.values - wrong.tensors[name].values).abs().max()) > 1e-3 * float(table.values.abs().max())
 
 
 @pytest.mark.parametrize("positions", MODES)

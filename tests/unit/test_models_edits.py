@@ -142,6 +142,7 @@ WRONG = [
     (Edit("z", Zero(), heads=2), SettingError, r"a single number\n  fix: give a list: heads=\[2\]"),
     (Edit("resid_pre", Zero(), heads=[0]), SettingError, "its axes are batch, pos, d_model\n  fix: leave heads out"),
     (Edit("z", Zero(), neurons=[0]), SettingError, "fix: leave neurons out"),
+    (Edit("z", Zero(), experts=[0]), SettingError, "fix: leave experts out"),
     (Edit("mlp_post", Zero(), neurons=[32]), SettingError, r"neurons=\[32\]"),
     (Edit("z", Zero(), rows=[3]), SettingError, r"rows=\[3\]\n  found: the batch has 0 to 2"),
     (Edit("z", Zero(), positions=[6]), SettingError, "position 6\n  found: rows of 6 to 6 real tokens"),

@@ -1,0 +1,214 @@
+"""Mixtures of experts against a slow one: a router and experts written out token by token from their parameters."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import families
+import pytest
+import torch
+import transformers as tf
+from patching_cases import pairs_task
+from torch import Tensor
+from torch.nn import functional as F
+
+import mechattr as ma
+from mechattr.errors import SettingError, UnknownSiteError, UnsupportedFeatureError, UnsupportedModelError
+from mechattr.models import Add, Batch, Edit, HookedHF, Rules, Set, Zero
+from mechattr.models.small import small_model
+
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "granitemoe")
+every_mixture = pytest.mark.parametrize("family", MIXTURES)
+# Sums of a dozen numbers in float64, behind a softmax that is taken in float64 too
+CLOSE = {"rtol": 0.0, "atol": 1e-11}
+
+
+def block(model: HookedHF, layer: int) -> Any:
+    """The mixture of a layer."""
+    inside = model.model.model.layers[layer]
+    return inside.block_sparse_moe if model.info.family == "granitemoe" else inside.mlp
+
+
+def routing(model: HookedHF, logits: Tensor, *, divide: bool | None = None) -> Tensor:
+    """The weight of every expert at every token, zero where a token is not routed: [token, expert]."""
+    family, c = model.info.family, model.config
+    divide = getattr(c, "norm_topk_prob", True) if divide is None else divide
+    weights = torch.zeros_like(logits)
+    for token, row in enumerate(logits.tolist()):
+        chosen = sorted(range(len(row)), key=lambda e: -row[e])[: c.num_experts_per_tok]
+        over = chosen if family in ("gpt_oss", "granitemoe") or divide else range(len(row))
+        total = sum(math.exp(row[e]) for e in over)
+        for e in chosen:
+            weights[token, e] = math.exp(row[e]) / total
+    return weights
+
+
+def expert(model: HookedHF, layer: int, e: int, x: Tensor) -> Tensor:
+    """What one expert makes of one token."""
+    experts = block(model, layer).experts
+    if model.info.family != "gpt_oss":
+        gate, up = (experts.gate_up_proj[e] @ x).chunk(2)
+        return experts.down_proj[e] @ (F.silu(gate) * up)
+    both = x @ experts.gate_up_proj[e] + experts.gate_up_proj_bias[e]
+    gate, up = both[::2].clamp(max=3.0), both[1::2].clamp(-3.0, 3.0)
+    return ((up + 1) * gate * torch.sigmoid(1.702 * gate)) @ experts.down_proj[e] + experts.down_proj_bias[e]
+
+
+@torch.no_grad()
+def slowly(model: HookedHF, layer: int, x: Tensor, logits: Tensor, **how: Any) -> Tensor:
+    """What each expert adds, [batch, pos, expert, d_model]."""
+    tokens, weights = x.flatten(0, 1), routing(model, logits.flatten(0, 1), **how)
+    each = [[w * expert(model, layer, e, t) for e, w in enumerate(row)] for t, row in zip(tokens, weights, strict=True)]
+    return torch.stack([torch.stack(row) for row in each]).unflatten(0, x.shape[:2])
+
+
+@torch.no_grad()
+def shared(model: HookedHF, layer: int, x: Tensor) -> Tensor | float:
+    """What the expert that every token goes through adds, where there is one."""
+    if model.info.family != "qwen2_moe":
+        return 0.0
+    mixture = block(model, layer)
+    return torch.sigmoid(mixture.shared_expert_gate(x)) * mixture.shared_expert(x)
+
+
+SITES = ("ln2", "router_logits", "expert_out", "mlp_out")
+
+
+def seen(model: HookedHF, *edits: Edit) -> list[dict[str, Tensor]]:
+    """Activations of each layer."""
+    with families.widened():
+        run = model.run(Batch.of(families.tokens(2, 6)), record=SITES, edits=edits)
+    return [{short: run.activations[short, layer].values for short in SITES} for layer in range(2)]
+
+
+def same(found: Tensor, wanted: Tensor) -> None:
+    torch.testing.assert_close(found, wanted, **CLOSE)
+
+
+@every_mixture
+def test_every_expert_adds_what_a_slow_one_adds_and_together_they_are_the_mlp(family: str) -> None:
+    model = families.hooked(family, torch.float64)
+    for layer, at in enumerate(seen(model)):
+        same(at["router_logits"], linear(model, layer, at["ln2"]))
+        same(at["expert_out"], slowly(model, layer, at["ln2"], at["router_logits"]))
+        factor = 0.22 if family == "granitemoe" else 1.0
+        whole = factor * (at["expert_out"].sum(2) + shared(model, layer, at["ln2"]))
+        same(at["mlp_out"], whole)
+        routed = (at["expert_out"] != 0).any(-1).sum(-1)
+        assert set(routed.flatten().tolist()) == {2} and at["expert_out"].shape[2] == model.info.n_experts == 5
+
+
+@torch.no_grad()
+def linear(model: HookedHF, layer: int, x: Tensor) -> Tensor:
+    mixture = block(model, layer)
+    router = mixture.router if hasattr(mixture, "router") else mixture.gate
+    return F.linear(x, router.weight, getattr(router, "bias", None))
+
+
+@every_mixture
+def test_without_one_expert_the_others_add_up_as_before(family: str) -> None:
+    model = families.hooked(family, torch.float64)
+    plain = seen(model)[0]
+    goes = (plain["expert_out"] != 0).any(-1)
+    busy = int(goes.sum((0, 1)).argmax())
+    row, pos = goes[:, :, busy].nonzero()[0].tolist()
+    left = plain["expert_out"].clone()
+    left[:, :, busy] = 0
+    factor = 0.22 if family == "granitemoe" else 1.0
+    edited = seen(model, Edit("expert_out", Zero(), layers=[0], experts=[busy]))[0]
+    same(edited["mlp_out"], factor * (left.sum(2) + shared(model, 0, plain["ln2"])))
+    assert (edited["mlp_out"] - plain["mlp_out"]).abs().max() > 0.1  # control: nothing taken out
+    one = seen(model, Edit("expert_out", Zero(), layers=[0], experts=[busy], positions=[pos], rows=[row]))[0]
+    moved = (one["expert_out"] != plain["expert_out"]).any(-1).nonzero().tolist()
+    assert moved == [[row, pos, busy]] and not one["expert_out"][row, pos, busy].any()
+
+
+@every_mixture
+def test_an_edit_of_the_routers_logits_changes_the_routing(family: str) -> None:
+    model = families.hooked(family, torch.float64)
+    plain = seen(model)[0]
+    shift = 2 * torch.randn(5, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    for op, experts in ((Add(shift), None), (Set(9.0), [4])):
+        at = seen(model, Edit("router_logits", op, layers=[0], experts=experts))[0]
+        same(at["expert_out"], slowly(model, 0, at["ln2"], at["router_logits"]))
+        with pytest.raises(AssertionError):  # control: the routing of the logits before the edit
+            same(at["expert_out"], slowly(model, 0, at["ln2"], plain["router_logits"]))
+    assert (at["expert_out"][:, :, 4] != 0).any(-1).all()  # every token now goes to the expert with logit 9
+
+
+def test_control_weights_over_all_experts_are_not_weights_over_the_chosen() -> None:
+    for family, wrong in (("mixtral", False), ("qwen3_moe", False), ("olmoe", True), ("qwen2_moe", True)):
+        model = families.hooked(family, torch.float64)
+        at = seen(model)[0]
+        with pytest.raises(AssertionError):
+            same(at["expert_out"], slowly(model, 0, at["ln2"], at["router_logits"], divide=wrong))
+
+
+def test_control_the_shared_expert_is_a_part_of_the_mlp() -> None:
+    at = seen(families.hooked("qwen2_moe", torch.float64))[0]
+    assert (at["mlp_out"] - at["expert_out"].sum(2)).abs().max() > 0.1
+
+
+@every_mixture
+def test_fused_experts_keep_every_bit_where_nothing_is_summed_again(family: str) -> None:
+    built = small_model(family)
+    built.set_experts_implementation("grouped_mm")
+    model, batch = HookedHF(built), Batch.of(families.tokens())
+    with torch.no_grad():
+        own = built(batch.tokens).logits
+    assert torch.equal(model.run(batch, record=("router_logits", "mlp_out")).logits, own)
+    itself = model.run(batch, record="router_logits").activations
+    assert torch.equal(model.run(batch, edits=[Edit("router_logits", Set(itself))]).logits, own)
+    apart = model.run(batch, record="expert_out").logits
+    torch.testing.assert_close(apart, own, rtol=0, atol=1e-5 * float(own.abs().max()))  # another order of sums
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "granitemoe"])
+def test_in_bfloat16_a_routing_that_is_computed_again_keeps_every_bit(family: str) -> None:
+    model, batch = families.hooked(family, torch.bfloat16), Batch.of(families.tokens())
+    itself = model.run(batch, record="router_logits").activations
+    edits = [Edit("router_logits", Set(itself))]
+    assert torch.equal(model.run(batch, edits=edits).logits, model.run(batch).logits)
+
+
+def test_rules_inside_experts_are_refused_before_anything_runs() -> None:
+    model, batch = families.hooked("mixtral"), Batch.of(families.tokens())
+    assert not model.supports(Rules.relp()) and model.supports(Rules(norm="frozen", pattern="detached"))
+    assert model.supports("expert_out") and not model.supports("mlp_post")
+    text = r"Rules\(activation='secant', gate='half'\)\n  found: the MLPs are mixtures of experts.*\n  fix: .*replace"
+    with pytest.raises(UnsupportedFeatureError, match=text):
+        model.run(batch, metric=families.probe, gradients="z", rules=Rules.relp())
+
+
+def test_sites_of_a_dense_mlp_and_nodes_of_experts_are_refused_with_what_there_is() -> None:
+    model = families.hooked("mixtral")
+    task = pairs_task(model)
+    fix = "  fix: its MLPs are mixtures of experts: use mlp_out, expert_out or router_logits"
+    with pytest.raises(UnknownSiteError, match=rf"site 'mlp_post'\n  found: .* it has embed.*expert_out.*\n{fix}"):
+        ma.attribution_patching(model, task, sites=("z", "mlp_post"))
+    fix = r"  fix: score mlp_out, or edit with Edit\('expert_out', Zero\(\), experts=\[...\]\)"
+    with pytest.raises(UnsupportedFeatureError, match=rf"nodes at expert_out\n  found: a node has no expert\n{fix}"):
+        ma.attribution_patching(model, task, sites=("expert_out",))
+    with pytest.raises(UnsupportedFeatureError, match=r"edges of .*\n  found: its MLPs are mixtures of experts"):
+        ma.edge_attribution(model, task)
+    with pytest.raises(SettingError, match=r"experts=\[5\]\n  found: the axis expert of .*hook_expert_out has 0 to 4"):
+        model.run(Batch.of(families.tokens()), edits=[Edit("expert_out", Zero(), experts=[5])])
+    assert ma.attribution_patching(model, task, sites=("z", "mlp_out")).top(3)
+
+
+def test_models_that_mix_dense_blocks_in_or_run_fused_experts_in_float64_are_refused() -> None:
+    for option, text in (
+        ({"mlp_only_layers": [0]}, r"mlp_only_layers=\[0\]\n  found: blocks without experts among blocks with experts"),
+        ({"decoder_sparse_step": 2}, r"decoder_sparse_step=2\n  found: blocks without experts"),
+    ):
+        config = families.configs()["qwen3_moe"]
+        for name, value in option.items():
+            setattr(config, name, value)
+        with pytest.raises(UnsupportedModelError, match=text):
+            HookedHF(tf.Qwen3MoeForCausalLM(config).eval())
+    built = small_model("olmoe").double()
+    built.set_experts_implementation("grouped_mm")
+    text = r"in float64\n  found: .*'grouped_mm' experts do not run in float64\n  fix: call .*\('eager'\) first"
+    with pytest.raises(UnsupportedModelError, match=text):
+        HookedHF(built)
