@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
 
-from benchmarks import attribution, edges, localising, recording, sweep
+from benchmarks import attribution, edges, estimates, localising, recording, sweep
 from benchmarks.measure import Ratio
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -40,8 +40,9 @@ def main() -> None:
         "edges M": lambda: attribution.measure_edges("M", 11),
         "localising": lambda: localising.measure(5),
         "memory": localising.memory,
+        "estimates": estimates.measure,
     }
-    large = ("M", "localising", "memory")
+    large = ("M", "localising", "memory", "estimates")
     wanted = [job for name, job in jobs.items() if chosen.only in name and not (few and name.endswith(large))]
     rows = [row for job in tqdm(wanted, desc="benchmarks") for row in job()]
     Console(width=120).print(_table(rows))

@@ -98,10 +98,7 @@ def pair_scores(writers: Writers, readers: Readers) -> Iterator[Float[Tensor, "p
     n_pairs, n_columns, d_model = writers.start.shape
     width = max(tile.width for tile in readers.tiles)
     shape = (len(writers.graph.writers), len(writers.graph.readers))
-    size = writers.start.element_size()
-    fitting = max(1, BUFFER // (shape[0] * d_model * size))
-    at_once = max(1, min(fitting // n_columns, BUFFER // (shape[0] * shape[1] * size)))
-    step = min(n_columns, fitting)
+    at_once, step = portions(writers.graph, n_pairs, n_columns, d_model, writers.start.element_size())
     # fresh memory is slow: the system hands it out page by page
     rooms = [writers.start.new_empty(n * at_once * step * d_model) for n in (shape[0], width)]
     for first in range(0, n_pairs, at_once):
@@ -117,6 +114,13 @@ def pair_scores(writers: Writers, readers: Readers) -> Iterator[Float[Tensor, "p
                     there = there.unflatten(1, (len(found), -1)).flatten(2).permute(1, 2, 0)
                     found[:, : tile.seen, tile.columns] += here @ there
         yield found
+
+
+def portions(graph: Graph, pairs: int, columns: int, d_model: int, itemsize: int) -> tuple[int, int]:
+    """How many pairs, and how many of their columns, are scored at a time."""
+    fitting = max(1, BUFFER // (len(graph.writers) * d_model * itemsize))
+    scores = BUFFER // (len(graph.writers) * len(graph.readers) * itemsize)
+    return max(1, min(pairs, fitting // columns, scores)), min(columns, fitting)
 
 
 def _shaped(room: Tensor, *shape: int) -> Tensor:

@@ -120,12 +120,12 @@ def edge_attribution(
         raise UnknownNameError(f"method {method!r}", "no such method of edge attribution", nearest(method, METHODS))
     way = direction_of(direction)
     check_rules(rules)
-    path = _path(method, rule, steps)
+    path = path_of(method, rule, steps)
     check_additive(model.info)
     places_of(task, "all")  # says if the prompts of a pair do not line up
     graph = Graph.of(model.info)
-    sums = _Sums(model, graph, path, rules, checkpoint=checkpoint)
-    halving = Halving(rows_at_once(batch_size, _fitting(model, task, len(path))))
+    sums = EdgeSums(model, graph, path, rules, checkpoint=checkpoint)
+    halving = Halving(rows_at_once(batch_size, fitting(model, task, len(path))))
     base, source = base_and_source(task, way)
 
     def some(pairs: Sequence[int]) -> list[tuple[float, float, float]]:
@@ -166,7 +166,7 @@ def edge_attribution(
     return EdgeAttribution(tables, settings=settings, provenance=provenance_of(model, task))
 
 
-def _path(method: str, rule: str, steps: int) -> dict[float, float]:
+def path_of(method: str, rule: str, steps: int) -> dict[float, float]:
     """Where on the path from the source (0) to the base run (1) gradients are taken, and their weights."""
     points, weights = quadrature.nodes(rule, steps)  # checks them even where they are not used
     if method == "eap":
@@ -176,7 +176,7 @@ def _path(method: str, rule: str, steps: int) -> dict[float, float]:
     return dict(zip(points.tolist(), weights.tolist(), strict=True))
 
 
-def _fitting(model: HookedModel, task: Task, runs: int) -> int:
+def fitting(model: HookedModel, task: Task, runs: int) -> int:
     """How many pairs keep less than `KEPT` bytes: two residual streams a block and run, and projections."""
     info = model.info
     widths = 2 * runs * info.d_model + 2 * (info.n_heads + info.n_kv_heads) * info.d_head + 3 * info.d_model
@@ -193,7 +193,7 @@ def _completeness(seen: Sequence[tuple[float, float, float]]) -> dict[str, float
     return {"mean": float(missing.mean()), "max": float(missing.max()), "relative": relative}
 
 
-class _Sums:
+class EdgeSums:
     """The sums over pairs of every edge's score; a batch counts once it is finished, so that it can be repeated."""
 
     def __init__(
@@ -210,6 +210,20 @@ class _Sums:
 
     def batch(self, base: Batch, source: Batch, task: Task) -> list[tuple[float, float, float]]:
         """Adds a batch; for each pair the metric on the base and the source run, and the sum of the input's edges."""
+        writers, readers, before, after = self.gather(base, source, task)
+        magnitude, signed = torch.zeros_like(self.magnitude), torch.zeros_like(self.signed)
+        totals: list[Tensor] = []
+        for scores in pair_scores(writers, readers):
+            magnitude += scores.abs().sum(0)
+            signed += scores.sum(0)
+            totals.append(scores[:, 0].sum(-1))
+        self.magnitude += magnitude
+        self.signed += signed
+        self.moved |= writers.moved
+        return list(zip(before.tolist(), after.tolist(), torch.cat(totals).tolist(), strict=True))
+
+    def gather(self, base: Batch, source: Batch, task: Task) -> tuple[Writers, Readers, Tensor, Tensor]:
+        """All passes over a batch: what is written and read, and the metric on the base and the source run."""
         rules = self.rules or Rules()
         readers = Readers(self.model, self.tiles, base.mask, frozen=rules.norm == "frozen")
         there, after = self._end(source, 0.0, readers, task)
@@ -222,16 +236,7 @@ class _Sums:
             if point not in (0.0, 1.0):
                 edit = Edit(start, Set(low + point * (high - low)))
                 readers.add(self._tape(base, task, edits=[edit]), weight)
-        magnitude, signed = torch.zeros_like(self.magnitude), torch.zeros_like(self.signed)
-        totals: list[Tensor] = []
-        for scores in pair_scores(writers, readers):
-            magnitude += scores.abs().sum(0)
-            signed += scores.sum(0)
-            totals.append(scores[:, 0].sum(-1))
-        self.magnitude += magnitude
-        self.signed += signed
-        self.moved |= writers.moved
-        return list(zip(before.tolist(), after.tolist(), torch.cat(totals).tolist(), strict=True))
+        return writers, readers, before, after
 
     def _end(self, batch: Batch, point: float, readers: Readers, task: Task) -> tuple[dict[str, Tensor], Tensor]:
         """One end of the path: what every writer wrote, and the metric; its gradients too if the path has them."""

@@ -1,23 +1,29 @@
-"""What a method would cost, from shapes alone: passes and memory. No model is run."""
+"""What a method would cost: passes from shapes, and memory from the method's own first steps on a short prompt."""
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
 
 import torch
 
-from mechattr.artifact import Cache
 from mechattr.errors import SettingError, UnknownNameError, nearest
-from mechattr.models.base import HookedModel
-from mechattr.patching import attribution
-from mechattr.patching.effects import Plan, plan_of
+from mechattr.methods import METHODS as ROWS
+from mechattr.models.base import Batch, HookedModel
+from mechattr.patching.ablation import KINDS
+from mechattr.patching.attribution import PAIRS_AT_ONCE as PAIRS_OF_GRADIENTS
+from mechattr.patching.edges import METHODS as EDGE_METHODS
+from mechattr.patching.edges import EdgeSums, fitting, path_of
+from mechattr.patching.effects import plan_of
+from mechattr.patching.graph import Graph, check_additive
 from mechattr.patching.interventions import PAIRS_AT_ONCE, rows_of, share_of
 from mechattr.patching.nodes import table_of
 from mechattr.patching.places import (
-    DEFAULT_SITES,
     Positions,
     base_and_source,
     check_call,
@@ -29,12 +35,10 @@ from mechattr.patching.places import (
     rows_at_once,
     taken_at,
 )
+from mechattr.patching.probe import Sizes, probe, probe_edges
 from mechattr.patching.source import shape_of, source_of
-from mechattr.patching.variants import DEFAULT_VARIANT
 from mechattr.sites import SITES, Node, full_name, parse
 from mechattr.tasks.task import Task
-
-METHODS = ("activation_patching", "attribution_patching")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +51,7 @@ class Estimate:
         backward: backward passes in prompt rows.
         nodes: number of nodes that get a score.
         recorded: bytes of the activations that are recorded and alive together.
-        working: bytes of one run besides them: what its backward pass keeps, or one block without a backward pass.
+        working: what comes to them at the peak: one run, what its backward pass keeps, and the method's own tensors.
         at_most: whether `forward` is an upper bound.
     """
 
@@ -81,116 +85,239 @@ class Estimate:
         return f"<table><caption>{self.method}</caption>{rows}</table>"
 
 
-def estimate(
-    model: HookedModel,
-    task: Task,
-    method: str,
-    *,
-    sites: str | Sequence[str] = DEFAULT_SITES,
-    nodes: Sequence[Node] | None = None,
-    variant: str | None = None,
-    unit: str = "block",
-    direction: str = "noising",
-    positions: Positions | None = None,
-    source: Cache | None = None,
-    batch_size: int | None = None,
-) -> Estimate:
+def estimate(model: HookedModel, task: Task, method: str, /, **settings: Any) -> Estimate:
     """What a method would cost on a task; the settings are those of the method.
 
-    Passes. Those of attribution patching are exact. Those of exact patching are an upper bound: nodes whose activation
-    is the same on both prompts are not run, which is known only once both were recorded. It is reached when no
-    activation is the same.
+    Passes. Those of `attribution_patching` and `edge_attribution` are exact. Those of the others are an upper bound:
+    interventions that change nothing are not run, which is known only once both prompts were recorded. It is reached
+    when every activation differs.
 
-    Memory. Recordings are counted from the shapes of the sites: for exact patching the nodes' activations of a group of
-    pairs on both prompts and the residual stream before each block that is patched, for attribution patching those
-    of a batch on the source prompt. To this comes one run. With a backward pass it is taken to keep every site of the
-    model once, except `result`, with scores and patterns in float32 or wider, and the logits twice: more than autograd
-    keeps, up to four times as much with fused attention. Without one, the same of a single block. Variants of
-    attribution patching with several backward passes keep changes, and with the QK fix a pattern, between them. Tables
-    of scores and what a metric makes are not counted.
+    Memory. The method takes its first steps on a few made-up prompts of about ten tokens, whose numbers are primes;
+    every tensor that comes and goes on the way is noted with the powers of these primes in its size, and the same
+    course is played again at the sizes of the task. What is counted so is what torch allocates besides the weights, on
+    all devices together: activations, what autograd keeps, logits, tables, temporary tensors. Not counted are buffers
+    inside of a kernel, what the allocator does not give back, and in sweeps tensors by the number of interventions
+    that change nothing.
 
     Args:
         model: a hooked model.
         task: prompt pairs.
-        method: `"activation_patching"` or `"attribution_patching"`.
-        sites: short names.
-        nodes: these nodes only; exact patching alone has this setting.
-        variant: of attribution patching alone; its default unless given.
-        unit: of the variants that drop writes.
-        direction: noising or denoising.
-        positions: `"aligned"`, `"named"` or `"all"`.
-        source: a recording that takes the place of the source run.
-        batch_size: as the method takes it; memory grows with it.
+        method: one of `METHODS` of this module.
+        **settings: keywords of the method, such as `variant`, `checkpoint` or `batch_size`, with its defaults.
 
     Raises:
-        UnknownNameError: another method, variant, unit, direction or kind of positions.
-        SettingError: `nodes` for attribution patching, `variant` for exact patching, or what the method itself refuses.
+        UnknownNameError: a method that is not estimated, and what the method itself refuses by name.
+        SettingError: a keyword that the method does not have, and what the method itself refuses.
+        UnsupportedFeatureError: prompts with images or with an encoder's side, and what the method itself refuses.
         UnknownSiteError, AlignmentError, EmptyTaskError, MismatchError: as the method raises them.
 
     Cost:
-        No pass.
+        The passes of one pair or of five to seven, on prompts of about ten tokens: a sweep stops after its first run.
     """
     if method not in METHODS:
-        raise UnknownNameError(f"to estimate method {method!r}", "no such method", nearest(method, METHODS))
-    exact = method == "activation_patching"
-    if nodes is not None and not exact:
-        raise SettingError(f"nodes= for {method}", "it scores whole sites", "name sites, or use activation_patching")
-    if variant is not None and exact:
-        raise SettingError(f"variant= for {method}", "it has no variants", "leave it out, or use attribution_patching")
+        found = "no such method" if method not in ROWS else "its cost is known only on the way"
+        raise UnknownNameError(f"to estimate method {method!r}", found, nearest(method, METHODS))
+    module, _, name = ROWS[method].function.partition(":")
+    signature = inspect.signature(getattr(import_module(module), name))
+    unknown = [name for name in settings if name not in signature.parameters]
+    if unknown:
+        fix = nearest(unknown[0], list(signature.parameters)[2:])
+        raise SettingError(f"{unknown[0]}= for {method}", "the method has no such setting", fix)
     check_call(f"a call to estimate {method}", model, task)
-    base, other = base_and_source(task, direction_of(direction))
-    names, counts = _nodes(model, task, sites, nodes, positions)
+    bound = signature.bind(model, task, **settings)
+    bound.apply_defaults()
+    return _OUTLINES[method](model, task, bound.arguments)
+
+
+# -- sweeps
+
+
+def _sweep(
+    model: HookedModel,
+    task: Task,
+    method: str,
+    given: Mapping[str, Any],
+    *,
+    base: Batch,
+    nodes: _Nodes,
+    runs: float,
+    reach: int = 0,
+    two: bool = True,
+    settings: Sequence[str] = (),
+) -> Estimate:
+    """Of one run for each node: `runs` of each pair before, and two recordings or one of them."""
+    info = model.info
+    rows = rows_of(base, given["batch_size"])
+    pairs = min(len(base), rows, PAIRS_AT_ONCE)
+    lowest = {layer: None if layer is None else max(0, layer - reach) for layer in nodes.counts}
+    most = min(rows, pairs * max(nodes.counts.values()))
+    each = sum(n * share_of(lowest[layer], info.n_layers) for layer, n in nodes.counts.items())
+    stream = [full_name("resid_pre", layer) for layer in lowest.values() if layer is not None]
     memory = _Memory(model, base.tokens.shape[1])
-    if not exact:
-        plan = plan_of(model, names, variant or DEFAULT_VARIANT, unit)
-        source_run = source_of(model, other, task.metric, plan.source, source)
-        pairs = min(len(task), rows_at_once(batch_size, attribution.PAIRS_AT_ONCE))
-        forward, backward = plan.passes
-        return Estimate(
-            method=method,
-            forward=len(task) * (forward + source_run.forward),
-            backward=len(task) * backward,
-            nodes=counts.total(),
-            recorded=memory.recorded(plan.source, pairs),
-            working=memory.working(model.sites(), pairs) + memory.between(plan, pairs),
-            at_most=False,
-        )
-    runs = 1 + source_of(model, other, task.metric, names, source).forward  # of each pair, before any intervention
-    rows = rows_of(base, batch_size)
-    pairs = min(len(task), rows, PAIRS_AT_ONCE)
-    stream = [full_name("resid_pre", layer) for layer in counts if layer is not None]
-    most = max(pairs, min(rows, pairs * max(counts.values())))
-    each = sum(n * share_of(layer, model.info.n_layers) for layer, n in counts.items())
+    recorded = memory.recorded({*stream, *nodes.names}, pairs) + (memory.recorded(nodes.names, pairs) if two else 0)
+    sites = tuple(dict.fromkeys(nodes.shorts))
+    peak = probe(
+        model,
+        task,
+        method,
+        Sizes(pairs=pairs, rows=most, columns=base.tokens.shape[1]),
+        {"sites": sites, **{name: given[name] for name in settings}},
+        positions=nodes.mode,
+        numbers=nodes.numbers,
+        runs=3 if two else 2,
+    )
     return Estimate(
         method=method,
-        forward=len(task) * (runs + each),
+        forward=len(base) * (runs + each),
         backward=0.0,
-        nodes=counts.total(),
-        recorded=memory.recorded({*stream, *names}, pairs) + memory.recorded(names, pairs),
-        working=memory.working([name for name in model.sites() if parse(name)[1] == 0], most),
+        nodes=nodes.counts.total(),
+        recorded=recorded,
+        working=max(0, peak - recorded),
         at_most=True,
     )
 
 
-def _nodes(
-    model: HookedModel,
-    task: Task,
-    sites: str | Sequence[str],
-    nodes: Sequence[Node] | None,
-    positions: Positions | None,
-) -> tuple[tuple[str, ...], Counter[int | None]]:
-    """The full names at which nodes are taken, and the number of nodes of each layer (`None`: outside the blocks)."""
-    if nodes is not None:
-        table, _ = table_of(model, task, nodes, positions)
-        return table.names, Counter({layer: len(table.of_layer(layer)) for layer in table.layers})
-    places = max(1, len(places_of(task, mode_of(task, positions)).labels))
-    taken = [name for short in node_sites(model, sites) for name in taken_at(model, short)]
-    counts: Counter[int | None] = Counter()
-    for name in taken:
-        short, layer = parse(name)
-        feature, shape = feature_of(short), shape_of(name, model.info, 1, 1)
-        counts[layer] += places * (1 if feature is None else shape[SITES[short].axes.index(feature)])
-    return tuple(dict.fromkeys(taken)), counts
+def _activation(model: HookedModel, task: Task, given: Mapping[str, Any]) -> Estimate:
+    base, other = base_and_source(task, direction_of(given["direction"]))
+    nodes = _Nodes.of(model, task, given)
+    runs = 1 + source_of(model, other, task.metric, nodes.names, given["source"]).forward
+    return _sweep(model, task, "activation_patching", given, base=base, nodes=nodes, runs=runs, settings=["direction"])
+
+
+def _ablation(model: HookedModel, task: Task, given: Mapping[str, Any]) -> Estimate:
+    kind, nodes = given["kind"], _Nodes.of(model, task, given)
+    if kind not in KINDS:
+        raise UnknownNameError(f"ablation of kind {kind!r}", "no such kind", nearest(str(kind), KINDS))
+    reference = task if given["reference"] is None else given["reference"]
+    spent = {"zero": 0, "resample": len(task), "mean": len(reference)}[kind]
+    runs = 1 + spent / len(task)
+    how: dict[str, Any] = {"two": False, "settings": ["kind"]}
+    return _sweep(model, task, "ablation", given, base=task.clean, nodes=nodes, runs=runs, **how)
+
+
+def _tracing(model: HookedModel, task: Task, given: Mapping[str, Any]) -> Estimate:
+    base = task.clean.rows([i for i in range(len(task)) for _ in range(given["samples"])])
+    nodes = _Nodes.of(model, task, {**given, "nodes": None})
+    how: dict[str, Any] = {"reach": given["window"] // 2, "settings": ["window", "samples"]}
+    return _sweep(model, task, "causal_tracing", {**given, "samples": 1}, base=base, nodes=nodes, runs=2, **how)
+
+
+# -- gradients
+
+
+def _attribution(model: HookedModel, task: Task, given: Mapping[str, Any]) -> Estimate:
+    _, other = base_and_source(task, direction_of(given["direction"]))
+    nodes = _Nodes.of(model, task, {**given, "nodes": None})
+    plan = plan_of(
+        model, nodes.names, given["variant"], given["unit"], given["rules"], checkpoint=bool(given["checkpoint"])
+    )
+    source = source_of(model, other, task.metric, plan.source, given["source"])
+    pairs = min(len(task), rows_at_once(given["batch_size"], PAIRS_OF_GRADIENTS))
+    columns = task.clean.tokens.shape[1]
+    forward, backward = plan.passes
+    recorded = _Memory(model, columns).recorded(plan.source, pairs)
+    names = ("variant", "unit", "direction", "rules", "checkpoint")
+    peak = probe(
+        model,
+        task,
+        "attribution_patching",
+        Sizes(pairs=pairs, rows=pairs, columns=columns),
+        {"sites": tuple(dict.fromkeys(nodes.shorts)), **{name: given[name] for name in names}},
+        positions=nodes.mode,
+        numbers=nodes.numbers,
+    )
+    return Estimate(
+        method="attribution_patching",
+        forward=len(task) * (forward + source.forward),
+        backward=len(task) * backward,
+        nodes=nodes.counts.total(),
+        recorded=recorded,
+        working=max(0, peak - recorded),
+        at_most=False,
+    )
+
+
+def _edges(model: HookedModel, task: Task, given: Mapping[str, Any]) -> Estimate:
+    if given["method"] not in EDGE_METHODS:
+        shown = f"method {given['method']!r}"
+        raise UnknownNameError(shown, "no such method of edge attribution", nearest(given["method"], EDGE_METHODS))
+    direction_of(given["direction"])
+    path = path_of(given["method"], given["rule"], given["steps"])
+    check_additive(model.info)
+    places_of(task, "all")
+    checkpoint = bool(given["checkpoint"])
+    pairs = min(len(task), rows_at_once(given["batch_size"], fitting(model, task, len(path))))
+    columns, graph = task.clean.tokens.shape[1], Graph.of(model.info)
+
+    def make(graph: Graph) -> EdgeSums:
+        return EdgeSums(model, graph, path, given["rules"], checkpoint=checkpoint)
+
+    recorded = 2 * _Memory(model, columns).recorded(graph.written, pairs)
+    peak = probe_edges(model, task, Sizes(pairs=pairs, rows=pairs, columns=columns), make)
+    forward = len({0.0, 1.0, *path}) + (len(path) if checkpoint else 0)
+    return Estimate(
+        method="edge_attribution",
+        forward=float(len(task) * forward),
+        backward=float(len(task) * len(path)),
+        nodes=graph.n_edges,
+        recorded=recorded,
+        working=max(0, peak - recorded),
+        at_most=False,
+    )
+
+
+_OUTLINES: Mapping[str, Callable[[HookedModel, Task, Mapping[str, Any]], Estimate]] = {
+    "activation_patching": _activation,
+    "attribution_patching": _attribution,
+    "ablation": _ablation,
+    "causal_tracing": _tracing,
+    "edge_attribution": _edges,
+}
+METHODS = tuple(_OUTLINES)
+
+
+# -- nodes and their memory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Nodes:
+    """The nodes of a call.
+
+    Attributes:
+        shorts: the short names of their sites.
+        names: the full names at which they are taken.
+        counts: their number by layer (`None`: outside the blocks).
+        numbers: how many nodes a place has, by layer and together.
+        mode: what positions mean.
+    """
+
+    shorts: tuple[str, ...]
+    names: tuple[str, ...]
+    counts: Counter[int | None]
+    numbers: tuple[int, ...]
+    mode: Positions
+
+    @classmethod
+    def of(cls, model: HookedModel, task: Task, given: Mapping[str, Any]) -> _Nodes:
+        """Of given nodes, or of all nodes of given sites."""
+        nodes: Sequence[Node] | None = given["nodes"]
+        if nodes is not None:
+            table, mode = table_of(model, task, nodes, given["positions"])
+            counts = Counter({layer: len(table.of_layer(layer)) for layer in table.layers})
+            return cls(shorts=table.sites, names=table.names, counts=counts, numbers=(len(table),), mode=mode)
+        mode = mode_of(task, given["positions"])
+        places = max(1, len(places_of(task, mode).labels))
+        shorts = node_sites(model, given["sites"])
+        taken = [name for short in shorts for name in taken_at(model, short)]
+        counts = Counter()
+        for name in taken:
+            short, layer = parse(name)
+            feature, shape = feature_of(short), shape_of(name, model.info, 1, 1)
+            counts[layer] += places * (1 if feature is None else shape[SITES[short].axes.index(feature)])
+        numbers = [n // places for n in (*counts.values(), counts.total())]
+        return cls(
+            shorts=shorts, names=tuple(dict.fromkeys(taken)), counts=counts, numbers=(*numbers, len(taken)), mode=mode
+        )
 
 
 class _Memory:
@@ -200,30 +327,12 @@ class _Memory:
         self.info, self.columns = model.info, columns
         self.width = getattr(torch, model.info.dtype).itemsize
 
-    def recorded(self, names: Iterable[str], rows: int, *, wide: Sequence[str] = ()) -> int:
-        """Of some sites; the scales of norms, and `wide` sites, are float32 or wider."""
+    def recorded(self, names: Iterable[str], rows: int) -> int:
+        """Of some sites; the scales of norms are float32 or wider."""
         total = 0
         for name in names:
-            short = parse(name)[0]
-            width = max(4, self.width) if short.endswith("_scale") or short in wide else self.width
+            width = max(4, self.width) if parse(name)[0].endswith("_scale") else self.width
             total += width * math.prod(shape_of(name, self.info, rows, self.columns))
-        return total
-
-    def working(self, names: Iterable[str], rows: int) -> int:
-        """Of a run that keeps these sites, and of its logits."""
-        kept = [name for name in names if parse(name)[0] != "result"]
-        logits = self.width * rows * self.columns * self.info.d_vocab
-        return self.recorded(kept, rows, wide=("attn_scores", "pattern")) + 2 * logits
-
-    def between(self, plan: Plan, rows: int) -> int:
-        """What the passes of an estimate keep for one another: changes, gradients to restart from, and the QK fix."""
-        again = bool(plan.drops or plan.alphas)
-        one = ("attn_scores", "z", "z", "z")
-        fixed = list(plan.fixed)[: None if again else 1]
-        total = self.recorded([full_name(short, layer) for layer in fixed for short in one], rows, wide=one)
-        if again:
-            shorts = [parse(name)[0] for name in plan.linear]
-            total += self.recorded(plan.linear, rows, wide=shorts) + self.recorded(plan.restarts, rows)
         return total
 
 
