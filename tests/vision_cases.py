@@ -17,21 +17,35 @@ from mechattr.models.families.vision import IMAGE_TOKEN
 from mechattr.models.images import RowImages, joined
 
 FAMILIES = ("llava", "qwen2_vl", "qwen2_5_vl")
-TOKENS = 4  # of a picture of 8 by 8 pixels
+OTHERS = ("llava_next", "mistral3", "internvl")
 ROWS = ((7, 8, 4, 4, 4, 4, 9, 10, 11), (12, 4, 4, 4, 4, 13), (5, 6, 7))
+
+
+SIZES = {"image_sizes": torch.tensor([[8, 8]])}
+
+
+def rows_of(family: str) -> tuple[tuple[int, ...], ...]:
+    """`ROWS`, with as many image tokens as a picture of the family has features."""
+    if family != "llava_next":
+        return ROWS
+    return (7, 8, *[4] * 10, 9, 10, 11), (12, *[4] * 10, 13), (5, 6, 7)
 
 
 def picture(family: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> RowImages:
     """One picture as the processor of a family would give it."""
     generator = torch.Generator().manual_seed(seed)
-    if family == "llava":
-        return {"pixel_values": torch.randn(1, 3, 8, 8, generator=generator).to(dtype)}
+    if family == "llava_next":  # the whole and one tile of it
+        return {"pixel_values": torch.randn(1, 2, 3, 8, 8, generator=generator).to(dtype), **SIZES}
+    if "qwen" not in family:
+        pixels = torch.randn(1, 3, 8, 8, generator=generator).to(dtype)
+        return {"pixel_values": pixels, **(SIZES if family == "mistral3" else {})}
     pixels = torch.randn(16, 24, generator=generator).to(dtype)
     return {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, 4, 4]])}
 
 
-def shown(family: str, side: str = "right", seed: int = 0, rows: Any = ROWS, dtype: Any = torch.float32) -> Batch:
+def shown(family: str, side: str = "right", seed: int = 0, rows: Any = None, dtype: Any = torch.float32) -> Batch:
     """Rows of different lengths, with a picture each but for those without an image token."""
+    rows = rows or rows_of(family)
     width = max(map(len, rows))
     tokens, mask = torch.full((len(rows), width), 2), torch.zeros(len(rows), width, dtype=torch.bool)
     for i, row in enumerate(rows):
@@ -52,7 +66,7 @@ def alone(batch: Batch, row: int) -> Batch:
 def native(family: str, batch: Batch) -> dict[str, Any]:
     """What transformers' own call is given."""
     given = {"attention_mask": batch.mask.long(), **joined(batch.images)}
-    return given if family == "llava" else {**given, "mm_token_type_ids": batch.image.int()}
+    return given if "qwen" not in family else {**given, "mm_token_type_ids": batch.image.int()}
 
 
 def image_tokenizer() -> Any:

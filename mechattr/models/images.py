@@ -67,9 +67,30 @@ def moved(images: Sequence[RowImages], device: torch.device | str) -> tuple[RowI
 
 
 def joined(images: Iterable[RowImages]) -> dict[str, Tensor]:
-    """The tensors of several rows, one after the other along their first axis."""
+    """The tensors of several rows, one after the other along their first axis. Where `image_sizes` are among them,
+    images of other sizes or other numbers of tiles are filled with zeros at their ends, as processors do.
+
+    Raises:
+        SettingError: tensors whose other axes do not agree, and no sizes.
+    """
     rows = [row for row in images if row]
-    return {name: torch.cat([row[name] for row in rows]) for name in (rows[0] if rows else ())}
+    together = {}
+    for name in rows[0] if rows else ():
+        parts = [row[name] for row in rows]
+        shapes = {x.shape[1:] for x in parts}
+        if len(shapes) > 1:
+            if "image_sizes" not in rows[0] or len({len(shape) for shape in shapes}) > 1:
+                found = f"{name} of shapes {' and '.join(str(tuple(shape)) for shape in sorted(shapes))}"
+                raise SettingError("a batch with images", found, "prepare all rows with one processor")
+            largest = [max(sizes) for sizes in zip(*shapes, strict=True)]
+            parts = [_filled(x, largest) for x in parts]
+        together[name] = torch.cat(parts)
+    return together
+
+
+def _filled(x: Tensor, largest: Sequence[int]) -> Tensor:
+    missing = [m - n for n, m in zip(x.shape[1:], largest, strict=True)]
+    return torch.nn.functional.pad(x, [pad for m in reversed(missing) for pad in (0, m)])
 
 
 def equal(one: RowImages, other: RowImages) -> bool:

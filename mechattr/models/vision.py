@@ -81,7 +81,8 @@ def _features(model: Any, batch: Batch, image: Tensor) -> Any:
                 f"row {i} has {tokens} image tokens, and its images give {made} features",
                 "make it with model.tokenize(texts, images=...), or repeat the image token once for each feature",
             )
-    out.pooler_output = [x for row in batch.images if row for x in of_row[id(row)]]
+    every = [x for row in batch.images if row for x in of_row[id(row)]]
+    out.pooler_output = torch.stack(every) if isinstance(out.pooler_output, Tensor) else every
     return out
 
 

@@ -23,7 +23,8 @@ def command(info: ModelInfo, task: Task, asked: Mapping[str, Any], out: Path) ->
     """The command line that makes the same run.
 
     A generated task is named with its options. Where it has settings that are no options of the command line, or comes
-    from pairs or texts, the command reads the pairs that the run wrote, and writes into a folder beside it.
+    from pairs or texts, the command reads the pairs that the run wrote, and writes into a folder beside it. Pairs with
+    images are made again in Python only, since the file has their tokens and not their images.
 
     Args:
         info: the model.
@@ -31,6 +32,8 @@ def command(info: ModelInfo, task: Task, asked: Mapping[str, Any], out: Path) ->
         asked: direction, sites, positions, top, variant, bound, circuit, executor and seed of the run.
         out: its folder.
     """
+    if task.clean.images or task.corrupt.images:
+        return "ma.report.localise(model, task, ...) in Python: a file of pairs has no images"
     source: dict[str, Any] = {"model": info.name, "dtype": info.dtype}
     if task.name in TASKS and _plain_options(task):
         source |= {"task": task.name, **{name: task.settings[name] for name in _OPTIONS if name in task.settings}}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
+import sys
+from pathlib import Path
 
 import families
 import pytest
@@ -21,6 +22,7 @@ from mechattr.errors import (
 )
 from mechattr.models import Batch, HookedHF, record
 from mechattr.patching.settings import provenance_of
+from mechattr.report.reproduce import command
 
 TEXTS = ["a b<image> a", " b<image> a a", "a"]
 
@@ -120,6 +122,13 @@ def test_control_the_sum_over_rows_does_not_show_it():
         assert families.model("llava")(tokens, pixel_values=pixels).logits.isfinite().all()
 
 
+def test_images_that_cannot_be_joined_are_refused(llava):
+    tokens = torch.tensor([[4, 4, 4, 4, 5], [4, 4, 4, 4, 6]])
+    images = [cases.picture("llava"), {"pixel_values": torch.zeros(1, 3, 8, 16)}]
+    batch = Batch.of(tokens, images=images, image=tokens == 4)
+    refused(SettingError, "pixel_values of shapes (3, 8, 8) and (3, 8, 16)\n  fix: prepare all rows", llava.run, batch)
+
+
 def test_what_a_model_cannot_see_is_refused(llava):
     text, batch = families.hooked("llama"), cases.shown("llava")
     assert text.info.image_token is None
@@ -156,7 +165,7 @@ def test_a_folder_is_loaded_with_its_processor(llava, tmp_path):
     batch = model.tokenize(TEXTS[:1], images=[cases.photo()])
     assert torch.equal(model.run(batch).logits, llava.run(batch).logits)
     assert model.info.family == "llava"
-    assert "torchvision" not in os.sys.modules
+    assert "torchvision" not in sys.modules
 
 
 def test_the_language_model_inside_must_be_a_known_decoder():
@@ -193,6 +202,7 @@ def test_pairs_may_differ_in_their_images_alone(llava):
     assert [differs for _, differs in one.sample()[0]] == [False, False, True, True, True, True, False]
     assert one.rows([1]).clean.images[0].keys() == {"pixel_values"}
     assert torch.equal(one.clean.tokens, one.corrupt.tokens)
+    assert "a file of pairs has no images" in command(llava.info, one, {}, Path("out"))
     assert ma.attribution_patching(llava, task(0, 1), sites="z").settings["n_identical_pairs"] == 1
     clean = record(llava, one.clean, sites=llava.sites())
     refused(MismatchError, "on other prompts", ma.attribution_patching, llava, one, sites="z", source=clean)

@@ -10,24 +10,27 @@ from mechattr.models.families.shapes import GATED, ids
 LLAVA = Family(language="language_model", auto="AutoModelForImageTextToText")
 QWEN_VL = Family(language="language_model", text="qwen2", auto="AutoModelForImageTextToText")
 
-ROWS: dict[str, Family] = {"llava": LLAVA, "qwen2_vl": QWEN_VL, "qwen2_5_vl": QWEN_VL}
+ROWS: dict[str, Family] = {
+    "llava": LLAVA,
+    "llava_next": LLAVA,
+    "mistral3": LLAVA,
+    "internvl": LLAVA,
+    "qwen2_vl": QWEN_VL,
+    "qwen2_5_vl": QWEN_VL,
+}
 
 IMAGE_TOKEN = 4  # random test tokens begin at 5
 
 
 def small() -> dict[str, Any]:
-    """Configs of small models, by name. A picture of 8 by 8 pixels is 4 image tokens."""
+    """Configs of small models, by name. A picture of 8 by 8 pixels is 4 image tokens, of LLaVA-NeXT 10."""
     import transformers as tf
 
-    clip = tf.CLIPVisionConfig(
-        hidden_size=16,
-        intermediate_size=24,
-        projection_dim=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=8,
-        patch_size=4,
-    )
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    clip = tf.CLIPVisionConfig(**shape, projection_dim=16, image_size=8, patch_size=4)
+    pixtral = tf.PixtralVisionConfig(**shape, head_dim=8, image_size=8, patch_size=2)
+    intern = tf.InternVLVisionConfig(**shape, image_size=[8, 8], patch_size=[2, 2])
+    llama, mistral = tf.LlamaConfig(**GATED, **ids()), tf.MistralConfig(**GATED, **ids())
     # three of the three frequencies of a head turn with time, height and width
     text = {
         **GATED,
@@ -42,8 +45,21 @@ def small() -> dict[str, Any]:
     }
     tower = {"depth": 2, "num_heads": 2, "patch_size": 2, "spatial_merge_size": 2, "temporal_patch_size": 2}
     return {
-        "llava": tf.LlavaConfig(
-            vision_config=clip, text_config=tf.LlamaConfig(**GATED, **ids()), image_token_id=IMAGE_TOKEN
+        "llava": tf.LlavaConfig(vision_config=clip, text_config=llama, image_token_id=IMAGE_TOKEN),
+        "llava_next": tf.LlavaNextConfig(
+            vision_config=clip,
+            text_config=mistral,
+            image_token_index=IMAGE_TOKEN,
+            image_grid_pinpoints=[[8, 8], [8, 16]],
+        ),
+        "mistral3": tf.Mistral3Config(
+            vision_config=pixtral, text_config=mistral, image_token_index=IMAGE_TOKEN, spatial_merge_size=2
+        ),
+        "internvl": tf.InternVLConfig(
+            vision_config=intern,
+            text_config=tf.Qwen2Config(**GATED, **ids()),
+            image_token_id=IMAGE_TOKEN,
+            downsample_ratio=0.5,
         ),
         "qwen2_vl": tf.Qwen2VLConfig(
             vision_config={**tower, "embed_dim": 16, "hidden_size": 24, "mlp_ratio": 2}, text_config=text, **marks
