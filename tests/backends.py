@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import families
@@ -26,10 +26,20 @@ def lens(family: str, dtype: torch.dtype = torch.float32) -> HookedLens:
     return HookedLens(bridge(family, dtype), name=family)
 
 
-BACKENDS = {"lens": lens}
+@cache
+def traced(
+    family: str, dtype: torch.dtype = torch.float32, *, remote: bool | str = False, attention: str = "eager"
+) -> Any:
+    """The same model on the nnsight backend, shared between tests. nnsight is imported when it is needed."""
+    from mechattr.models.nnsight import HookedNNsight
+
+    return HookedNNsight(families.model(family, dtype, attention), name=family, remote=remote)
+
+
+BACKENDS = {"lens": lens, "nnsight-local": partial(traced, remote="local"), "nnsight": traced}
 
 
 def backend_model(kind: str) -> Any:
-    """A model by backend and family, such as `"lens-gpt2"`."""
-    backend, _, family = kind.partition("-")
+    """A model by backend and family, such as `"lens-gpt2"` or `"nnsight-local-llama"`."""
+    backend, _, family = kind.rpartition("-")
     return BACKENDS[backend](family)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mechattr.errors import BackendError, SettingError, UnknownModelError, UnknownNameError, nearest
+from mechattr.errors import SettingError, UnknownModelError, UnknownNameError, nearest
 from mechattr.models.base import HookedModel
 from mechattr.models.families import FAMILIES, Family
 
@@ -54,21 +54,24 @@ def load(
     attention: str = "eager",
     revision: str | None = None,
     family: Family | None = None,
+    remote: bool | str = False,
 ) -> HookedModel:
     """A hooked model.
 
     Args:
-        source: `"tiny"` (the bundled model), a folder, a hub name, a loaded transformers model, a hooked model, or a
-            `TransformerBridge`.
+        source: `"tiny"` (the bundled model), a folder, a hub name, a loaded transformers model, a hooked model, a
+            `TransformerBridge`, or a model of nnsight.
         tokenizer: a tokenizer object, a folder or a name, or the processor object of a vision-language model; by
             default what is beside the weights.
         backend: `"hf"`; `"plain"` for a copy of a GPT-2 or Llama in plain torch; `"transformer_lens"` for a bridge, or
-            for a copy of a transformers model behind one.
+            for a copy of a transformers model behind one; `"nnsight"` for runs as traces, here or on a server.
         device: where to put the weights; by default the CPU, or where a loaded model is.
         dtype: by default that of the checkpoint, and `"float64"` for `backend="plain"`.
         attention: implementation for names and folders; a loaded model keeps its own.
         revision: hub revision.
         family: where the sites of the model are; by default its row of the table, or what `discover` finds.
+        remote: of `backend="nnsight"`: `"local"` serialises each run as for a server and runs it here, `True` sends it
+            to an NDIF server, for a model by its hub name.
 
     Raises:
         UnknownModelError: nothing found under this name, or files that cannot be read or are incomplete.
@@ -79,16 +82,16 @@ def load(
     """
     if backend not in BACKENDS:
         raise UnknownNameError(f"backend {backend!r}", "no such backend", nearest(backend, BACKENDS))
-    if backend == "nnsight":
-        raise BackendError(
-            f"backend {backend!r}", "this version runs transformers models directly", "use backend='hf' or 'plain'"
-        )
+    if remote is not False and backend != "nnsight":
+        raise SettingError(f"remote={remote!r} with backend={backend!r}", "only nnsight runs elsewhere", "leave it out")
     if backend == "transformer_lens" and hasattr(source, "original_model"):
         from mechattr.models.lens import HookedLens
 
         _no_settings(device=device, dtype=dtype, family=family)
         return HookedLens(source, tokenizer, revision=revision)
     wanted = None if dtype is None else dtype_of(dtype)
+    if backend == "nnsight":
+        return _traced(source, tokenizer, attention, revision, remote, device=device, dtype=wanted, family=family)
     if backend == "hf":
         return _hooked(source, tokenizer, device, wanted, attention, revision, family)
     if backend == "transformer_lens":
@@ -122,6 +125,27 @@ def _hooked(
         found = _tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
         return HookedHF(source, found, revision=revision, family=family)
     return _from_files(str(source), tokenizer, device, dtype, attention, revision, family)
+
+
+def _traced(
+    source: Any, tokenizer: Any, attention: str, revision: str | None, remote: bool | str, **settings: Any
+) -> Any:
+    from mechattr.models import nnsight_remote
+    from mechattr.models.nnsight import HookedNNsight
+
+    nnsight_remote.check_remote(source, remote)
+    family = settings.pop("family")
+    found = _tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+    if hasattr(source, "_module") or remote is True:
+        _no_settings(**settings)
+        if isinstance(source, str):
+            found = found or _tokenizer(source, revision)
+            source = nnsight_remote.on_server(source, found, revision, attention)
+        return HookedNNsight(source, found, revision=revision, remote=remote, family=family)
+    bare = _hooked(source, found, settings["device"], settings["dtype"], attention, revision, family)
+    return HookedNNsight(
+        bare.model, bare.tokenizer, name=bare.info.name, revision=revision, remote=remote, family=family
+    )
 
 
 def dtype_of(dtype: str | torch.dtype) -> torch.dtype:

@@ -21,6 +21,7 @@ from mechattr.models.checkpoint import checkpointed
 from mechattr.models.checks import check_batch
 from mechattr.models.dictionary import hash_of
 from mechattr.models.edits import Edit, Frame
+from mechattr.models.greedy import continue_greedily
 from mechattr.models.load import dtype_of
 from mechattr.models.norms import Norm
 from mechattr.models.plain_config import ACTIVATIONS, PlainConfig, random_weights, shapes, site_names
@@ -147,32 +148,20 @@ class HookedPlain(Running):
         Raises:
             SettingError: other settings than `max_new_tokens`, or a right-padded batch.
         """
-        steps = kwargs.pop("max_new_tokens", 20)
-        if not kwargs.get("do_sample", True):
-            del kwargs["do_sample"]
-        if kwargs:
-            raise SettingError(
-                "generate on the plain backend", f"settings {sorted(kwargs)}", "it is greedy: use backend='hf'"
-            )
         check_batch(batch, self.info, self.device)
-        if not bool(batch.mask[:, -1].all()):
-            raise SettingError(
-                "generate from a right-padded batch", "rows end in padding", "tokenize with padding_side='left'"
-            )
         taps = Taps(
             Frame(batch.lengths, batch.positions, batch.positions),
             plan_edits(edits, self._sites, self.info, batch.lengths),
             self._dictionaries,
         )
         taps.axes = {name: site_spec(name).axes for name in taps.names}
-        tokens, mask = batch.tokens, batch.mask
-        with torch.no_grad():
-            for _ in range(steps):
-                grown = Batch(tokens, mask, batch.example)
-                check_batch(grown, self.info, self.device)
-                taps.frame = Frame(batch.lengths, grown.positions, grown.positions)
-                tokens = torch.cat([tokens, self._forward(grown, taps)[:, -1:].argmax(-1)], 1)
-                mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+
+        def forward(grown: Batch) -> Tensor:
+            check_batch(grown, self.info, self.device)
+            taps.frame = Frame(batch.lengths, grown.positions, grown.positions)
+            return self._forward(grown, taps)
+
+        tokens = continue_greedily(forward, batch, "plain", kwargs)
         new = tokens[:, batch.tokens.shape[1] :]
         texts = () if self.tokenizer is None else tuple(self.tokenizer.batch_decode(new, skip_special_tokens=True))
         return Generation(tokens, batch.tokens.shape[1], texts)

@@ -17,11 +17,12 @@ from mechattr.sites import full_name, parse, site_spec
 
 if TYPE_CHECKING:
     from mechattr.models.hf import HookedHF
+    from mechattr.models.nnsight import HookedNNsight
 
 ATTENTION = ("rot_q", "rot_k", "v", "attn_scores", "pattern")
 
 
-def selfcheck(model: HookedHF) -> None:
+def selfcheck(model: HookedHF | HookedNNsight) -> None:
     """Two forward passes over four tokens; a third where an adapter does the family's attention.
 
     Raises:
@@ -77,14 +78,14 @@ def _kind(name: str) -> str:
     return parse(name)[0].removeprefix("cross_").removeprefix("encoder_")
 
 
-def _fire(model: HookedHF, batch: Batch, sites: Sequence[str]) -> dict[str, torch.Tensor]:
+def _fire(model: HookedHF | HookedNNsight, batch: Batch, sites: Sequence[str]) -> dict[str, torch.Tensor]:
     taps = Taps(frame=Frame.whole(batch), record=frozenset(sites))
     with torch.no_grad():
         model._forward(batch, taps)
     return taps.activations
 
 
-def _check_sums(model: HookedHF, fired: Mapping[str, torch.Tensor]) -> None:
+def _check_sums(model: HookedHF | HookedNNsight, fired: Mapping[str, torch.Tensor]) -> None:
     """What attention and MLP are said to write must be what a block adds to the stream. (A post-norm encoder normalises
     the sum.)"""
     for layer in range(0 if model.info.post_norm else model.info.n_layers):
@@ -99,7 +100,7 @@ def _check_sums(model: HookedHF, fired: Mapping[str, torch.Tensor]) -> None:
             )
 
 
-def _check_adapter(model: HookedHF, batch: Batch, fired: Mapping[str, torch.Tensor]) -> None:
+def _check_adapter(model: HookedHF | HookedNNsight, batch: Batch, fired: Mapping[str, torch.Tensor]) -> None:
     """Attention that is done once more, with taps in it, must be what the model does without."""
     last = full_name("resid_post", model.info.n_layers - 1)
     own = _fire(model, batch, [last])[last].float()
@@ -111,7 +112,7 @@ def _check_adapter(model: HookedHF, batch: Batch, fired: Mapping[str, torch.Tens
         )
 
 
-def _check_causes(model: HookedHF, batch: Batch, patterns: Mapping[str, torch.Tensor]) -> None:
+def _check_causes(model: HookedHF | HookedNNsight, batch: Batch, patterns: Mapping[str, torch.Tensor]) -> None:
     """Overwrites every pattern: each layer's z must then be the new pattern times v."""
     turned = {name: x.flip(-1) for name, x in patterns.items()}
     record = [name for name in model.sites() if _kind(name) in ("v", "z")]

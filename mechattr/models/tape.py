@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -46,6 +46,11 @@ class Tape:
     _watch: Watch = field(repr=False)
     _open: bool = field(default=True, repr=False)
 
+    @property
+    def repeats(self) -> float:
+        """Forward passes that a backward pass from given gradients needs."""
+        return 0.0
+
     def pull_back(self, visit: Visit, at: Mapping[str, Tensor] | None = None, *, last: bool = False) -> None:
         """One backward pass: from the sum of the metric over rows, or from given gradients at some gradient sites.
 
@@ -63,12 +68,7 @@ class Tape:
             ModelStateError: the graph has been let go.
             UnknownNameError: `at` names a site that is no gradient site of this run.
         """
-        if not self._open:
-            raise ModelStateError("another backward pass", "the last one let the graph go", "leave out last=True")
-        unknown = sorted(set(at or {}) - set(self._nodes))
-        if unknown:
-            fix = nearest(unknown[0], self._nodes)
-            raise UnknownNameError(f"a backward pass from {unknown[0]}", "it is no gradient site of this run", fix)
+        check_pass(self._open, at, self._nodes)
         self._open = not last
         if at is None:
             if self._value is None or not self._value.requires_grad:  # the metric does not depend on any site
@@ -91,6 +91,16 @@ class Tape:
         found = torch.autograd.grad(self._value, edges, ones, allow_unused=True)
         pairs = zip(self._nodes.items(), found, strict=True)
         return {name: torch.zeros_like(point.blank) if g is None else g for (name, point), g in pairs}
+
+
+def check_pass(going: bool, at: Mapping[str, Tensor] | None, names: Iterable[str]) -> None:
+    """Whether a backward pass can be made: the graph is there, and the pass starts at gradient sites."""
+    if not going:
+        raise ModelStateError("another backward pass", "the last one let the graph go", "leave out last=True")
+    unknown = sorted(set(at or {}) - set(names))
+    if unknown:
+        fix = nearest(unknown[0], names)
+        raise UnknownNameError(f"a backward pass from {unknown[0]}", "it is no gradient site of this run", fix)
 
 
 def plan(

@@ -193,7 +193,7 @@ def attribution_patching(
         base=[value for value, _ in metrics],
         source=[value for _, value in metrics if value is not None] or None,
         source_sha256=there.digest,
-        passes=(n * (forward + there.forward), n * backward),
+        passes=(n * (forward + there.forward) + sums.again, n * backward),
         trivial=sums.trivial(),
     )
     return Attribution(sums.tables(n), settings=settings, provenance=provenance_of(model, task))
@@ -218,8 +218,10 @@ class _Sums:
         self.full = {short: taken_at(model, short) for short in shorts}
         self.names = tuple(dict.fromkeys(name for names in self.full.values() for name in names))
         self.total: dict[str, _Effect] = {}
+        self.again = 0.0
 
     def add(self, effects: Effects) -> None:
+        self.again += effects.again * len(effects.metric)
         for name in self.names:
             score, signed = effects.scores(name, self.variant)
             effect = _Effect(score.sum(0), signed.sum(0), effects.differs[name].any(0))

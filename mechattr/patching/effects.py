@@ -135,6 +135,7 @@ class Effects:
         moved: by alpha, along the gradients of the run that moved, with its sign.
         differs: by site, whether the node differs between the two prompts.
         metric: of the base run, by pair.
+        again: forward passes of a pair that the backend needed for GradDrop, beyond those of the plan.
     """
 
     def __init__(self, plan: Plan, model: HookedModel, batch: Batch, places: Places, source: dict[str, Tensor]) -> None:
@@ -145,6 +146,7 @@ class Effects:
         self.moved: dict[float, dict[Key, Tensor]] = {}
         self.differs: dict[str, Tensor] = {}
         self.metric: Tensor
+        self.again = 0.0
         self.embedding = source[EMBED] if plan.alphas else None
         self._linear, self._fixed, self._wanted = plan.linear, plan.fixed, {name for name, _ in plan.keys}
         self._changes: dict[str, Tensor] = {}
@@ -211,6 +213,7 @@ class Effects:
             at = {site: kept[above] for site, above in drop.start.items() if above in kept}
             if at:
                 tape.pull_back(visit, at, last=drop is self.plan.drops[-1])
+                self.again += tape.repeats
         for key, effect in self.full.items():
             reaches = [drop.reach(key[0]) for drop in self.plan.drops]
             live = len(reaches) - reaches.count("none")

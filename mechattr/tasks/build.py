@@ -100,8 +100,8 @@ def batch_of_ids(model: HookedModel, rows: Sequence[Sequence[int]], images: Sequ
 
 
 def device_of(model: HookedModel) -> torch.device:
-    """Where the model's weights are."""
-    return model.weight("unembed.W_U").device
+    """Where the model takes its tokens: where it says so, else where its weights are."""
+    return getattr(model, "device", None) or model.weight("unembed.W_U").device
 
 
 def _metric(name: str, model: HookedModel, clean: Batch, answers: Tensor, foils: Tensor | None, task: str) -> Metric:

@@ -25,7 +25,7 @@ from mechattr.models.plain import HookedPlain, plain_model
 from mechattr.models.plain_config import PlainConfig
 
 MODELS = ("gpt2_like", "llama_like", "gpt2", "llama")
-ELSEWHERE = ("lens-gpt2",)  # other backends; what they need more than these is in tests of their own
+ELSEWHERE = ("lens-gpt2", "nnsight-gpt2")  # other backends; what they need more than these is in tests of their own
 PLAIN_AND_FAMILIES = ("gpt2_like", "llama_like", *families.SHAPES)
 SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ELSEWHERE]  # slow: what `test_backends_agree` implies
 KINDS = pytest.mark.parametrize("kind", [*MODELS, *SLOW])
@@ -178,12 +178,27 @@ def test_padding_on_either_side_changes_nothing(case: Case, kind: str, positions
 @pytest.mark.parametrize("kind", ELSEWHERE)
 @EVERY
 def test_backends_agree(case: Case, kind: str) -> None:
-    model, other = families.hooked(kind.partition("-")[2]), model_of(kind)
+    model, other = families.hooked(kind.rpartition("-")[2]), model_of(kind)
     task = pairs_task(other)
     before = copy.deepcopy(state(other, task))
     found, expected = call(case, other, task), call(case, model, pairs_task(model))
     assert state(other, task) == before
     assert_equal(tables(found), tables(expected), tolerance(other, task, found))
+
+
+CARRIED = ("path_patching", "edge_patching", "faithfulness", "minimality")  # their edits hold more than tensors
+
+
+@EVERY
+def test_methods_run_as_on_a_server_or_are_refused(case: Case) -> None:
+    model, other = families.hooked("gpt2"), model_of("nnsight-local-gpt2")
+    task = pairs_task(other)
+    if case.method in CARRIED:
+        with pytest.raises(UnsupportedFeatureError, match=r"(?s)sending a .*fix: .*remote="):
+            call(case, other, task)
+    else:
+        found, expected = call(case, other, task), call(case, model, pairs_task(model))
+        assert_equal(tables(found), tables(expected), tolerance(other, task, found))
 
 
 @some(refuses=True)

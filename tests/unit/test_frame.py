@@ -33,7 +33,7 @@ def sources(root: Path, *folders: str) -> list[Path]:
 
 
 def test_importing_the_package_loads_no_library() -> None:
-    heavy = "{'torch', 'numpy', 'transformers', 'nnsight', 'transformer_lens', 'matplotlib', 'pandas', 'typer'}"
+    heavy = "{'torch', 'numpy', 'transformers', 'nnsight', 'transformer_lens', 'ray', 'matplotlib', 'pandas', 'typer'}"
     code = f"import sys, mechattr; mechattr.METHODS; print(sorted({heavy} & set(sys.modules)))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"

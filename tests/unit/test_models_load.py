@@ -13,7 +13,6 @@ import torch
 import transformers as tf
 
 from mechattr.errors import (
-    BackendError,
     SelfCheckError,
     SettingError,
     UnknownModelError,
@@ -175,7 +174,6 @@ def test_settings_that_cannot_be_met_are_refused(folder):
         (lambda: PlainConfig(n_kv_heads=0), SettingError, r"sizes \{'n_kv_heads': 0\}"),
         (lambda: PlainConfig(positions="rotary", d_head=3), SettingError, "d_head=3\n  found: it is odd"),
         (lambda: load(folder, backend="jax"), UnknownNameError, "backend 'jax'"),
-        (lambda: load(folder, backend="nnsight"), BackendError, "use backend='hf' or 'plain'"),
         (lambda: load(folder, attention="nothing"), SettingError, "(?s)attention='nothing'.*use 'eager'"),
     ]
     for call, error, text in cases:

@@ -11,6 +11,7 @@ import families
 import pytest
 import torch
 import transformers as tf
+from backends import backend_model
 
 from mechattr.errors import ModelStateError, NonFiniteError, SettingError, UnknownSiteError
 from mechattr.models import Add, Batch, Edit, HookedHF, PlainConfig, Rules, Scale, Start, plain_model
@@ -125,9 +126,12 @@ def live() -> int:
     return sum(issubclass(type(x), torch.Tensor) for x in gc.get_objects())
 
 
-@pytest.mark.parametrize("kind", ["hf", "plain"])
+@pytest.mark.parametrize("kind", ["hf", "plain", "nnsight"])
 def test_a_hundred_runs_leave_no_tensor_alive(kind):
-    model = families.hooked("gpt2") if kind == "hf" else plain_model(PlainConfig(d_vocab=61))
+    if kind == "nnsight":
+        model: Any = backend_model("nnsight-gpt2")
+    else:
+        model = families.hooked("gpt2") if kind == "hf" else plain_model(PlainConfig(d_vocab=61))
     batch, edit = Batch.of(families.tokens(1, 4)), Edit("z", Add(0.1))
 
     def run() -> None:
