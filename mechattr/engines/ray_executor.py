@@ -105,14 +105,14 @@ class RayExecutor:
         """(number of a task, its result), as they finish.
 
         Raises:
-            ExecutorError: a task failed `retries` + 1 times, or there is no cluster, or none with room for a worker.
+            ExecutorError: a task failed `retries` + 1 times, the function cannot travel, or there is no cluster with
+                room for a worker.
             MechattrError: the function raised it.
         """
         ray: Any = importlib.import_module("ray")
         with self.session():
             seats = self._seats(ray)
-            with _tensors_as_memory(ray):
-                shared = ray.put(function)
+            shared = _put(ray, function)
             call = ray.remote(num_cpus=self.num_cpus, num_gpus=self.num_gpus, max_retries=0)(_call)
             waiting = deque((i, 1) for i in range(len(tasks)))
             running: dict[Any, tuple[int, int]] = {}
@@ -184,17 +184,36 @@ def _call(shared: list[Any], key: str, threads: int, task: Any) -> Any:
     return _LOADED[key](task)
 
 
-@contextmanager
-def _tensors_as_memory(ray: Any) -> Iterator[None]:
-    """Lets Ray keep tensors as blocks of shared memory, instead of as pickled copies."""
+def _put(ray: Any, function: Any) -> Any:
+    """Puts a function into the object store, its tensors as blocks of memory instead of as pickled copies.
+
+    Raises:
+        ExecutorError: something in it cannot be pickled, or its tensors lie on several devices.
+    """
+    places = set()
+
+    def memory(tensor: Tensor) -> tuple[Any, ...]:
+        places.add(tensor.device)
+        return _memory(tensor)
+
     kinds = (Tensor, torch.nn.Parameter)
     for kind in kinds:
-        ray.util.register_serializer(kind, serializer=_memory, deserializer=_tensor)
+        ray.util.register_serializer(kind, serializer=memory, deserializer=_tensor)
+    fix = "give a model of backend 'hf' or 'plain' on one device, or use executor='inprocess'"
     try:
-        yield
+        shared = ray.put(function)
+    except Exception as error:  # whatever an object that does not travel raises
+        text = str(error).strip().splitlines()
+        raise ExecutorError(
+            "to send a model to workers", f"{type(error).__name__}: {text[0] if text else 'no message'}", fix
+        ) from error
     finally:
         for kind in kinds:
             ray.util.deregister_serializer(kind)
+    devices = sorted(str(place) for place in places if place.type != "cpu")
+    if len(devices) > 1:
+        raise ExecutorError("to send a model to workers", f"tensors on {', '.join(devices)}", fix)
+    return shared
 
 
 def _memory(tensor: Tensor) -> tuple[Any, ...]:

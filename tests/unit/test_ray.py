@@ -8,12 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import families
 import pytest
 import torch
 from contract_cases import CASES, assert_equal, call, tables
 from patching_cases import hf, pairs_task, plain
 
 import mechattr as ma
+from mechattr.engines import ray_executor
 from mechattr.engines.executors import InProcess
 from mechattr.engines.merge import Part
 from mechattr.engines.ray_executor import RayExecutor
@@ -137,6 +139,15 @@ def test_weights_are_shared_and_tied_ones_stay_tied(cluster: Any) -> None:
 
     for i, found in RayExecutor().map(look, range(4)):
         assert found == (True, kept[i].stride(), kept[i].dtype, float(kept[i].float().sum()))
+
+
+def test_a_model_of_every_family_gives_the_same_bits_after_the_journey(cluster: Any) -> None:
+    batch = families.ragged()
+    for family in families.FAMILIES:
+        model = families.hooked(family)
+        arrived = cluster.get(ray_executor._put(cluster, model))
+        assert arrived.fingerprint() == model.fingerprint(), family
+        assert torch.equal(arrived.run(batch).logits, model.run(batch).logits), family
 
 
 def test_a_worker_that_fits_nowhere_is_refused(cluster: Any) -> None:

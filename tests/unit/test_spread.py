@@ -6,17 +6,17 @@ from __future__ import annotations
 import copy
 import importlib.util
 import inspect
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
 import torch
 from contract_cases import CASES, assert_equal, call, tables
 from patching_cases import hf, pairs_task, plain
+from torch import Tensor
 
 import mechattr as ma
 from mechattr.engines import ray_executor
@@ -378,9 +378,42 @@ def test_an_address_where_nothing_listens_is_an_error_at_once() -> None:
 
 
 def test_ray_is_imported_when_a_cluster_is_needed_and_not_before() -> None:
-    module = "mechattr.engines.ray_executor"
-    code = f"import sys; from {module} import RayExecutor; RayExecutor(); sys.exit('ray' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    RayExecutor()
+    assert "ray" not in vars(ray_executor)
+
+
+class Store:
+    """Stands in for Ray's object store."""
+
+    def __init__(self) -> None:
+        self.util, self.serializers = self, dict[Any, Any]()
+
+    def register_serializer(self, kind: Any, *, serializer: Any, deserializer: Any) -> None:
+        self.serializers[kind] = serializer
+
+    def deregister_serializer(self, kind: Any) -> None:
+        del self.serializers[kind]
+
+    def put(self, value: Any) -> str:
+        if isinstance(value, str):
+            raise TypeError(value)
+        for tensor in value:
+            self.serializers[Tensor](tensor)
+        return "reference"
+
+
+def test_what_cannot_travel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store()
+    assert ray_executor._put(store, [torch.zeros(2)]) == "reference"
+    with pytest.raises(ExecutorError, match=r"send a model to workers\n.*TypeError: cannot pickle a\n.*on one device"):
+        ray_executor._put(store, "cannot pickle a\nlock")
+    with pytest.raises(ExecutorError, match=r"send a model.*\n.*NotImplementedError"):
+        ray_executor._put(store, [torch.zeros(2, device="meta")])  # as weights that are kept on disk
+    monkeypatch.setattr(ray_executor, "_memory", lambda tensor: ())
+    other = [SimpleNamespace(device=torch.device("cuda", i)) for i in (1, 0)]
+    with pytest.raises(ExecutorError, match=r"send a model.*\n.*tensors on cuda:0, cuda:1\n"):
+        ray_executor._put(store, other)
+    assert not store.serializers  # nothing stays behind
 
 
 def test_tensors_travel_with_their_layout_and_dtype() -> None:
