@@ -86,6 +86,11 @@ def drop_gradients(model: Any, task: Task, unit: str) -> list[tuple[str, Gradien
     return [(name, full_gradients(model, task, cut=name)) for name in writes]
 
 
+def shares_its_norm(model: Any) -> bool:
+    """Whether attention and MLP of a block read the stream through one norm."""
+    return model.info.parallel and full_name("ln2", 0) not in model.sites()
+
+
 def dropped(
     model: Any, task: Task, nodes: Sequence[Node], *, fix: bool, unit: str = "block", wrong: str = "", **how: Any
 ) -> Tensor:
@@ -101,5 +106,7 @@ def dropped(
         return each.sum(0).abs() / (n - 1)
     if wrong == "divided by all drops":
         return each.abs().sum(0) / n
-    lost = torch.tensor([0 if node.site in OUTSIDE else 1 for node in nodes])
+    # a norm that attention and MLP share lies on a path through either
+    kept = {*OUTSIDE, *(("ln1", "ln1_scale") if unit == "sublayer" and shares_its_norm(model) else ())}
+    lost = torch.tensor([0 if node.site in kept else 1 for node in nodes])
     return each.abs().sum(0) / (n - lost)

@@ -6,6 +6,7 @@ import families
 import pytest
 import torch
 import transformers as tf
+from patching_cases import pairs_task
 
 from mechattr.errors import SelfCheckError, SettingError, UnsupportedModelError
 from mechattr.models import Add, Batch, Edit, HookedHF, Zero, adapters
@@ -13,6 +14,7 @@ from mechattr.models.anatomy import Anatomy
 from mechattr.models.architectures import REFUSED
 from mechattr.models.families import FAMILIES
 from mechattr.patching.edge_readers import tiles_of
+from mechattr.patching.edge_run import EdgeRun
 from mechattr.patching.graph import Graph
 
 ADAPTED = tuple(name for name, c in families.configs().items() if FAMILIES[c.model_type].adapter)
@@ -82,7 +84,7 @@ def test_control_an_adapter_that_does_something_else_is_found_at_load(monkeypatc
 
 
 @pytest.mark.parametrize("family", ("phi", "cohere", "cohere2", "stablelm_parallel", "gptj", "codegen", "falcon"))
-def test_a_norm_that_attention_and_mlp_share_is_one_module(family: str, monkeypatch) -> None:
+def test_a_norm_that_attention_and_mlp_share_is_one_module(family: str) -> None:
     model = families.hooked(family)
     assert model.info.parallel and not {n for n in model.sites() if ".ln2." in n or "resid_mid" in n}
     one, two = model.norm("blocks.1.ln1"), model.norm("blocks.1.ln2")
@@ -90,10 +92,19 @@ def test_a_norm_that_attention_and_mlp_share_is_one_module(family: str, monkeypa
     tiles = tiles_of(model, Graph.of(model.info))
     assert [tile.reads for tile in tiles[:2]] == ["blocks.0.hook_resid_pre"] * 2
     assert all(tile.norm is not None for tile in tiles[:4])
-    # control: a missing ln2 in a block that is not parallel is no norm at all
+
+
+def test_control_a_shared_norm_that_is_taken_for_none_gives_other_edges(monkeypatch) -> None:
+    model = families.hooked("phi")
+    task = pairs_task(model)
+    run = EdgeRun(model, task)
+    wanted = model.run(task.clean, metric=task.metric).metric.double()
+    close = {"rtol": 0, "atol": 1e-5 * float(wanted.abs().max())}  # float32
+    torch.testing.assert_close(run.metric(run.graph.mask), wanted, **close)
     real = Anatomy.norm
     monkeypatch.setattr(Anatomy, "norm", lambda self, name: None if name.endswith("ln2") else real(self, name))
-    assert tiles_of(model, Graph.of(model.info))[1].norm is None
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(EdgeRun(model, task).metric(run.graph.mask), wanted, **close)
 
 
 def test_tables_of_positions_run_out_and_biases_do_not() -> None:

@@ -66,7 +66,7 @@ def test_the_check_of_drops_rejects(wrong: str) -> None:
 
 
 @pytest.mark.parametrize("unit", ("block", "sublayer"))
-@pytest.mark.parametrize("family", ("gpt2", "llama", "gpt_neox", "gemma2", "olmo2"))
+@pytest.mark.parametrize("family", ("gpt2", "llama", "gpt_neox", "phi", "bloom", "gemma2", "olmo2"))
 def test_drops_follow_their_definition_on_transformers_models(family: str, unit: str) -> None:
     model = hf(family)
     task = pairs_task(model, (4, 4))

@@ -249,7 +249,7 @@ def test_one_receiver_is_a_list_of_one() -> None:
     assert one.value(SENDERS[0]) == listed.value(SENDERS[0]) != 0
 
 
-@pytest.mark.parametrize("family", ["gpt_neox", "gpt2"])
+@pytest.mark.parametrize("family", ["gpt_neox", "phi", "gpt2"])
 def test_a_head_reaches_the_attention_output_of_its_own_block(family: str) -> None:
     """Also in a parallel block, where it does not reach the MLP."""
     model = hf(family)

@@ -40,7 +40,16 @@ def stop(*_: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("family", "attention"),
-    [("gpt2", "sdpa"), ("gpt_neox", "eager"), ("phi3", "sdpa"), ("gemma2", "eager"), ("bert", "eager")],
+    [
+        ("gpt2", "sdpa"),
+        ("gpt_neox", "eager"),
+        ("phi3", "sdpa"),
+        ("gemma2", "eager"),
+        ("bert", "eager"),
+        ("falcon", "sdpa"),
+        ("bloom", "eager"),
+        ("gptj", "eager"),
+    ],
 )
 def test_an_exception_at_any_site_leaves_nothing_behind(family, attention):
     model, batch = families.hooked(family, attention=attention), families.ragged("right")
