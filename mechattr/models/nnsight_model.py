@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from mechattr.models.anatomy import Anatomy, locate
 from mechattr.models.base import Batch
 from mechattr.models.checks import check_batch
 from mechattr.models.describe import describe
+from mechattr.models.dictionary import Dictionary
 from mechattr.models.discovery import row_of
 from mechattr.models.families import Family, full_sites, text_config
 from mechattr.models.norms import Norm
@@ -147,6 +148,16 @@ class Traced:
         return torch.device("cpu") if device.type == "meta" else device
 
     # -- checks
+
+    def with_dictionaries(self, dictionaries: Sequence[Dictionary]) -> NoReturn:
+        """Refuses: an encoder of the user cannot be part of a trace that may run on a server.
+
+        Raises:
+            UnsupportedFeatureError: always.
+        """
+        found = "backend 'nnsight' runs traces, which a function of the user cannot be part of"
+        fix = "use backend='hf', 'plain' or 'transformer_lens'"
+        raise UnsupportedFeatureError(f"{len(dictionaries)} dictionaries", found, fix)
 
     def _check(self, batch: Batch) -> None:
         self._check_state()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import backends
@@ -285,6 +286,34 @@ def test_checkpointed_runs_give_the_same(kind: str) -> None:
         torch.testing.assert_close(
             runs[0].gradients[name].values, runs[1].gradients[name].values, rtol=1e-9, atol=1e-9
         )  # float64, another order of sums
+
+
+def test_runs_leave_no_tensor_alive() -> None:
+    model = model_of("gpt2")
+    view, batch = everywhere(model), tokens(model)
+
+    def run() -> None:
+        sites, edit = ("resid_post_latents", "mlp_out_error", "resid_pre"), Edit("mlp_out_latents", Scale(2.0))
+        view.run(batch, edits=[edit], metric=families.probe, gradients=sites, record=sites)
+
+    def live() -> int:
+        return sum(issubclass(type(x), Tensor) for x in gc.get_objects())
+
+    run()
+    gc.collect()
+    before = live()
+    gc.disable()  # what is left then is held by a cycle or by the model
+    try:
+        for _ in range(20):
+            run()
+        assert live() <= before
+    finally:
+        gc.enable()
+
+
+def test_traces_are_refused() -> None:
+    with pytest.raises(UnsupportedFeatureError, match=r"(?s)1 dictionaries.*runs traces.*use backend='hf'"):
+        backends.backend_model("nnsight-gpt2").with_dictionaries([dictionary(families.hooked("gpt2"), "resid_post", 0)])
 
 
 def test_results_of_other_dictionaries_are_told_apart() -> None:
