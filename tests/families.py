@@ -40,7 +40,6 @@ _ACTIVATIONS = {
 SHAPES = (
     *("gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "olmo2", "opt"),
     *("gpt_neox", "gpt_neox_sequential", "phi", "falcon_groups", "bloom", "bert", "modernbert"),
-    *("granite", "nemotron", "olmo", "mixtral", "gpt_oss"),
 )
 configs = small_configs
 model = small_model

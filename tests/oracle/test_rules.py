@@ -93,7 +93,8 @@ def assert_site_by_site(model, family: str, ran: Rules, said: Rules) -> None:
         )
         if "mlp_pre" in x:
             z = x["mlp_pre"].clone().requires_grad_(True)
-            a = families.activation(family)(z)
+            learned = family == "apertus"  # in every block
+            a = (model.model.model.layers[layer].mlp.act_fn if learned else families.activation(family))(z)
             (slope,) = torch.autograd.grad(a.sum(), z)
             slope, a = (a.detach() / z.detach() if said.activation == "secant" else slope), a.detach()
             share = 0.5 if said.gate == "half" and model.info.gated else 1.0
