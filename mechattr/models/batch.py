@@ -127,7 +127,9 @@ class Batch:
 
     @property
     def content(self) -> Int[Tensor, "*dims"]:
-        """What a hash of the batch is taken of: its tokens and, where there are images, 32 bytes for those of a row."""
+        """What a hash of the batch is taken of: its tokens with those of its source or, for images, 32 bytes a row."""
+        if self.source is not None:
+            return torch.cat([self.tokens.flatten(), self.source.content.flatten()])
         if not self.images:
             return self.tokens
         digests = torch.frombuffer(bytearray(b"".join(digest(row) for row in self.images)), dtype=torch.long)

@@ -62,12 +62,13 @@ def generating(batch: Batch) -> dict[str, Any]:
     }
 
 
-def first_token(model: Any) -> int:
-    """The token that a model's decoder begins with.
+def first_token(hooked: Any) -> int:
+    """The token that the decoder of a hooked transformers model begins with.
 
     Raises:
         SettingError: the model does not say.
     """
+    model = hooked.model
     configs = (getattr(model, "generation_config", None), model.config)
     found = next((i for c in configs if (i := getattr(c, "decoder_start_token_id", None)) is not None), None)
     if found is None:
@@ -84,9 +85,7 @@ def with_decoder(
     return replace(rows, source=source)
 
 
-def with_targets(
-    source: Batch, model: Any, tokenizer: Any, targets: str | Sequence[str] | None, padding_side: str
-) -> Batch:
+def with_targets(source: Batch, hooked: Any, targets: str | Sequence[str] | None, padding_side: str) -> Batch:
     """The same from texts: what the decoder has written already for each source, without special tokens.
 
     Raises:
@@ -96,8 +95,9 @@ def with_targets(
     if len(texts) != len(source):
         found = f"{len(texts)} targets for {len(source)} texts"
         raise SettingError("targets", found, "give one target for each text")
+    tokenizer = hooked.tokenizer
     ids = [tokenizer(each, add_special_tokens=False, verbose=False)["input_ids"] if each else [] for each in texts]
-    return with_decoder(source, tokenizer, first_token(model), ids, padding_side)
+    return with_decoder(source, tokenizer, first_token(hooked), ids, padding_side)
 
 
 # -- hooks

@@ -150,7 +150,7 @@ class HookedHF(Running):
             return vision.tokenize_images(self.processor, texts, images, info=self.info, **given)
         rows = text.tokenize(self.tokenizer, texts, **given)
         if self.info.n_encoder_layers:
-            return cross.with_targets(rows, self.model, self.tokenizer, targets, padding_side)
+            return cross.with_targets(rows, self, targets, padding_side)
         if targets is not None:
             raise SettingError("targets", f"{self.info.family} has no encoder", "make them a part of the texts")
         return rows

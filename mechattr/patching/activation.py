@@ -97,7 +97,7 @@ def activation_patching(
     References:
         Vig et al. 2020, Causal Mediation Analysis; Kramár et al. 2024, arXiv:2403.00745, equation 1.
     """
-    check_call("activation patching", model, task)
+    check_call("activation patching", model, task, sources=True)
     if executor is not None:
         cut = ("nodes", lambda: asked(model, task, sites, nodes, positions)[0].nodes())
         return spread(activation_patching, **locals())

@@ -149,7 +149,7 @@ def attribution_patching(
     References:
         Nanda 2023, Attribution Patching; Kramár et al. 2024, AtP*, arXiv:2403.00745 (equations 4 to 12).
     """
-    check_call("attribution patching", model, task)
+    check_call("attribution patching", model, task, sources=True)
     if executor is not None:
         return spread(attribution_patching, **locals())
     if resume is not None:

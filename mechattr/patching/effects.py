@@ -21,7 +21,6 @@ from mechattr.patching.qk import Fix, fix_of
 from mechattr.patching.variants import Variant, variant_of
 from mechattr.sites import SITES, full_name, host_of, parse
 
-EMBED = SITES["embed"].template
 FIXED = ("rot_q", "rot_k")
 READ = ("rot_q", "rot_k", "v", "z", "attn_scores")  # what the QK fix needs of the base run
 
@@ -36,13 +35,15 @@ class Plan:
     Attributes:
         keys: the estimates that are wanted.
         drops: GradDrop's backward passes.
-        alphas: how far the token embeddings move towards the source prompt's, for a run each whose gradients are taken.
+        embed: the token embeddings of the prompt.
+        alphas: how far they move towards the source prompt's, for a run each whose gradients are taken.
         rules: the backward rule of all passes.
         checkpoint: whether blocks are computed again instead of kept.
     """
 
     keys: tuple[Key, ...]
     drops: tuple[Drop, ...] = ()
+    embed: str = SITES["embed"].template
     alphas: tuple[float, ...] = ()
     rules: Rules | None = None
     checkpoint: bool = False
@@ -72,7 +73,7 @@ class Plan:
     def source(self) -> tuple[str, ...]:
         """Sites that are needed of the source run."""
         names = dict.fromkeys(name for name, _ in self.keys)
-        return tuple(dict.fromkeys((*names, EMBED) if self.alphas else names))
+        return tuple(dict.fromkeys((*names, self.embed) if self.alphas else names))
 
     @property
     def record(self) -> tuple[str, ...]:
@@ -123,7 +124,9 @@ def plan_of(
             "GradDrop's passes over whole blocks go past a dictionary at resid_mid",
             "use variant='atp', or unit='sublayer'",
         )
-    return Plan.of(names, fixes=(chosen.fix,), drops=drops, alphas=chosen.alphas, rules=rules, checkpoint=checkpoint)
+    embed = SITES["encoder_embed" if model.info.n_encoder_layers else "embed"].template
+    more = {"embed": embed, "alphas": chosen.alphas, "rules": rules, "checkpoint": checkpoint}
+    return Plan.of(names, fixes=(chosen.fix,), drops=drops, **more)
 
 
 class Effects:
@@ -147,7 +150,7 @@ class Effects:
         self.differs: dict[str, Tensor] = {}
         self.metric: Tensor
         self.again = 0.0
-        self.embedding = source[EMBED] if plan.alphas else None
+        self.embedding = source[plan.embed] if plan.alphas else None
         self._linear, self._fixed, self._wanted = plan.linear, plan.fixed, {name for name, _ in plan.keys}
         self._changes: dict[str, Tensor] = {}
         self._fixes: dict[int, Fix] = {}
@@ -175,7 +178,7 @@ class Effects:
         self._main(metric)
         for alpha in plan.alphas:
             moved: dict[Key, Tensor] = {}
-            tape = self._tape(metric, plan.gradients, edits=[Edit(EMBED, self._towards(alpha))])
+            tape = self._tape(metric, plan.gradients, edits=[Edit(plan.embed, self._towards(alpha))])
             tape.pull_back(self._visitor(moved.__setitem__), last=True)
             self.moved[alpha] = {key: moved.get(key, torch.zeros_like(x)) for key, x in self.full.items()}
         self.source, self._changes, self._fixes = {}, {}, {}

@@ -20,7 +20,7 @@ from mechattr.errors import (
     nearest,
 )
 from mechattr.models.base import Batch, HookedModel
-from mechattr.sites import SITES, expand, parse, site_spec
+from mechattr.sites import SITES, expand, parse, reads_source, site_spec
 from mechattr.tasks.task import Task
 
 Direction = Literal["noising", "denoising"]
@@ -74,12 +74,13 @@ def by_place(x: Float[Tensor, "token ..."], place: Int[Tensor, " token"], places
     return torch.einsum("tp,t...->p...", torch.nn.functional.one_hot(place, places).to(x.dtype), x)
 
 
-def check_call(what: str, model: HookedModel, task: Task) -> None:
-    """Checks what every method is given.
+def check_call(what: str, model: HookedModel, task: Task, *, sources: bool = False) -> None:
+    """Checks what every method is given; `sources`: the method holds for encoder-decoder models.
 
     Raises:
         SettingError: something else than a hooked model and a task.
         EmptyTaskError: no pairs.
+        UnsupportedFeatureError: an encoder-decoder model, whose cross-attention the method does not know.
     """
     if not isinstance(model, HookedModel):
         fix = "give a hooked model, such as ma.load(model)"
@@ -89,6 +90,9 @@ def check_call(what: str, model: HookedModel, task: Task) -> None:
         raise SettingError(f"the task of {what}", f"a {type(task).__name__}", fix)
     if not len(task):
         raise EmptyTaskError(what, "a task without pairs", "give at least one pair")
+    if model.info.n_encoder_layers and not sources:
+        found = "an encoder-decoder model, whose cross-attention reads and writes as well"
+        raise UnsupportedFeatureError(what, found, "use activation_patching or attribution_patching")
 
 
 def mode_of(task: Task, positions: Positions | None) -> Positions:
@@ -159,6 +163,12 @@ def node_sites(model: HookedModel, sites: str | Sequence[str]) -> tuple[str, ...
         if short != name:
             raise UnknownSiteError(f"site {name!r}", "sites of a table are short names", f"use {short!r}")
         expand(short, model.sites())
+        if reads_source(SITES[short].axes):
+            raise UnsupportedFeatureError(
+                f"nodes at {short}",
+                "its positions are those of the source, and those of nodes are the decoder's",
+                "score cross_q, cross_z or cross_attn_out, or use run with edits, which count source tokens there",
+            )
         if "expert" in SITES[short].axes:
             raise UnsupportedFeatureError(
                 f"nodes at {short}",

@@ -56,7 +56,7 @@ def settings_of(
         "task_hash": task.hash(),
         "metric": {"name": task.metric.name, "unit": task.metric.unit},
         "n_pairs": len(task),
-        "n_identical_pairs": int((~task.clean.differs(task.corrupt).any(1)).sum()),
+        "n_identical_pairs": int((~task.clean.prompt.differs(task.corrupt.prompt).any(1)).sum()),
         "clean_metric": clean,
         "corrupt_metric": corrupt,
         "passes": {"forward": passes[0], "backward": passes[1]},

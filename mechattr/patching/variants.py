@@ -59,7 +59,7 @@ def variant_of(
     Raises:
         UnknownNameError: no such variant or unit.
         SettingError: `unit` for a variant that drops nothing, or GradDrop alone on a network with a single write.
-        UnsupportedFeatureError: GradDrop alone on a post-norm encoder.
+        UnsupportedFeatureError: GradDrop alone on a post-norm encoder or an encoder-decoder model.
     """
     if name not in VARIANTS:
         raise UnknownNameError(f"variant {name!r}", "no such variant", nearest(name, VARIANTS))
@@ -76,6 +76,11 @@ def variant_of(
         if variant.parts == ("dropped",):
             raise UnsupportedFeatureError(f"variant={name!r}", found, fix)
         left_out = "undefined where norms act on the residual stream"
+    elif info.n_encoder_layers:
+        found = "an encoder-decoder model, whose blocks write a third time, in cross-attention"
+        if variant.parts == ("dropped",):
+            raise UnsupportedFeatureError(f"variant={name!r}", found, fix)
+        left_out = "not defined for encoder-decoder models"
     elif len(drops) < 2:
         found = "a network with a single write: with that held, nothing but the skip path is left"
         if variant.parts == ("dropped",):

@@ -2,7 +2,8 @@
 
 1. Both prompts are tokenised by the model's own tokenizer and must have the same number of tokens.
 2. An answer's tokens are those that follow the prompt's own when both are tokenised together, so an answer that merges
-   with the end of the prompt is refused instead of being scored as a token that never stands there.
+   with the end of the prompt is refused instead of being scored as a token that never stands there. An encoder-decoder
+   model answers in a text of its own, of which they are the first tokens.
 3. Character spans become position spans through the tokenizer's offsets; a span that begins or ends inside a token is
    refused, and so is one that is on other positions in the corrupt prompt.
 """
@@ -117,6 +118,8 @@ def align_ids(
             )
 
     def tokens_of(text: str, kind: str) -> list[int]:
+        if model.info.n_encoder_layers:
+            return list(require_tokenizer(model)(text, add_special_tokens=False)["input_ids"])
         prefix, joined = require_tokenizer(model)([_ANCHOR, _ANCHOR + text], add_special_tokens=False)["input_ids"]
         return _rest(prefix, joined, text, _ANCHOR, kind, label)
 
@@ -138,7 +141,8 @@ def _align(
         raise misfits.unequal_lengths(model.tokenizer, clean.row, corrupt.row, label)
 
     def tokens_of(text: str, kind: str) -> list[int]:
-        return _rest(clean.body, joined[pair.clean + text], text, pair.clean, kind, label)
+        before = _before(model, pair)
+        return _rest(clean.body if before else [], joined[before + text], text, before, kind, label)
 
     answers, foils, dropped = _answers(model, pair.answer, pair.foil, tokens_of, metric, label, partial_sets)
     spans = _spans(pair.clean, pair.spans, clean, label)
@@ -222,14 +226,19 @@ def _encode(model: HookedModel, texts: list[str]) -> list[_Encoded]:
     tokenizer = require_tokenizer(model)
     encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     batch = model.tokenize(texts)
-    rows = [tokens[real].tolist() for tokens, real in zip(batch.tokens, batch.mask, strict=True)]
+    rows = [tokens[real].tolist() for tokens, real in zip(batch.prompt.tokens, batch.prompt.mask, strict=True)]
     return [_Encoded(*parts) for parts in zip(rows, encoded["input_ids"], encoded["offset_mapping"], strict=True)]
+
+
+def _before(model: HookedModel, pair: PairText) -> str:
+    """The text that an answer continues: that of a decoder beside an encoder begins with the answer."""
+    return "" if model.info.n_encoder_layers else pair.clean
 
 
 def _continuations(model: HookedModel, pairs: Sequence[PairText]) -> dict[str, list[int]]:
     """Prompt + answer -> its token ids, for every answer and foil, in one call of the tokenizer."""
     texts = {
-        pair.clean + item
+        _before(model, pair) + item
         for pair in pairs
         for item in (*members(pair.answer), *members(pair.foil))
         if isinstance(item, str)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mechattr.errors import AnswerError, EmptyTaskError, UnknownNameError, UnsupportedFeatureError, nearest
 from mechattr.models.base import Batch, HookedModel
+from mechattr.models.cross import first_token, with_decoder
 from mechattr.models.images import RowImages, marked
 from mechattr.models.tokenize import pad
 from mechattr.tasks import metrics
@@ -44,6 +45,8 @@ def build(
 ) -> Task:
     """Make the task of some aligned pairs.
 
+    On an encoder-decoder model the prompts are the source, and the decoder has written its first token.
+
     Under "sequence_log_probability" both prompts are followed by the clean pair's answer without its last token, since
     that is what the metric reads; END stays the last token of the prompt.
 
@@ -52,7 +55,8 @@ def build(
     Raises:
         EmptyTaskError: no pair.
         AnswerError: the metric compares with a foil and a pair has none.
-        UnsupportedFeatureError: a sequence metric on an encoder, which does not predict next tokens.
+        UnsupportedFeatureError: a sequence metric on an encoder, which does not predict next tokens; named spans on an
+            encoder-decoder model.
     """
     if not pairs:
         raise EmptyTaskError(f"task {name!r}", "no pair", "give at least one pair")
@@ -64,15 +68,25 @@ def build(
             "an encoder, which predicts no next tokens",
             "use another metric",
         )
+    reads = bool(model.info.n_encoder_layers)
+    if reads and any(pair.spans for pair in pairs):
+        raise UnsupportedFeatureError(
+            f"named spans in task {name!r}",
+            f"{model.info.name!r} is an encoder-decoder model, in which positions of nodes are the decoder's",
+            "leave spans out",
+        )
     tails = [pair.answer[:-1] if sequence else () for pair in pairs]
     clean, corrupt = (
-        batch_of_ids(
+        with_decoder(batch_of_ids(model, rows), model.tokenizer, first_token(model), tails)
+        if reads
+        else batch_of_ids(
             model,
             [(*row, *tail) for row, tail in zip(rows, tails, strict=True)],
             [pair.images[side] for pair in pairs],
         )
         for side, rows in enumerate(([pair.clean for pair in pairs], [pair.corrupt for pair in pairs]))
     )
+    ends = [1 if reads else len(pair.clean) for pair in pairs]
     answers = padded_ids([pair.answer for pair in pairs])
     foils = padded_ids([pair.foil for pair in pairs]) if all(pair.foil for pair in pairs) else None
     return Task(
@@ -82,7 +96,7 @@ def build(
         answers=answers,
         foils=foils,
         metric=metric if isinstance(metric, Metric) else _metric(wanted, model, clean, answers, foils, name),
-        spans=tuple({**pair.spans, "END": (len(pair.clean) - 1, len(pair.clean))} for pair in pairs),
+        spans=tuple({**pair.spans, "END": (end - 1, end)} for pair, end in zip(pairs, ends, strict=True)),
         settings={**settings, "metric": wanted},
         skipped=dict(skipped or {}),
         citation=citation,

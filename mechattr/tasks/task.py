@@ -126,22 +126,25 @@ class Task:
 
     def sample(self, pair: int = 0) -> tuple[list[tuple[str, bool]], list[tuple[str, bool]]]:
         """One pair for reading: for the clean and the corrupt prompt, (token text, whether it differs)."""
-        differs = self.clean.differs(self.corrupt)[pair][self.clean.mask[pair]].tolist()
+        clean, corrupt = self.clean.prompt, self.corrupt.prompt
+        differs = clean.differs(corrupt)[pair][clean.mask[pair]].tolist()
         return (
-            list(zip(_strings(self.clean, pair), differs, strict=True)),
-            list(zip(_strings(self.corrupt, pair), differs, strict=True)),
+            list(zip(_strings(clean, pair), differs, strict=True)),
+            list(zip(_strings(corrupt, pair), differs, strict=True)),
         )
 
     def hash(self) -> str:
-        """sha256 of tokens, images, answers, foils, metric and spans: what a stored result belongs to."""
+        """sha256 of tokens, sources, images, answers, foils, metric and spans: what a stored result belongs to."""
         document = {
-            "clean": [row[real].tolist() for row, real in zip(self.clean.tokens, self.clean.mask, strict=True)],
-            "corrupt": [row[real].tolist() for row, real in zip(self.corrupt.tokens, self.corrupt.mask, strict=True)],
+            "clean": _ids(self.clean),
+            "corrupt": _ids(self.corrupt),
             "answers": self.answers.tolist(),
             "foils": None if self.foils is None else self.foils.tolist(),
             "metric": self.metric.name,
             "spans": [dict(spans) for spans in self.spans],
         }
+        if self.clean.source is not None and self.corrupt.source is not None:
+            document["sources"] = [_ids(self.clean.source), _ids(self.corrupt.source)]
         if self.clean.images or self.corrupt.images:
             document["images"] = [[digest(row).hex() for row in batch.images] for batch in (self.clean, self.corrupt)]
         return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
@@ -196,6 +199,10 @@ def padded_ids(rows: Sequence[Sequence[int]]) -> Int[Tensor, "pair ..."]:
     if width == 1:
         return torch.tensor([row[0] for row in rows])
     return torch.tensor([[*row, *[PADDING] * (width - len(row))] for row in rows])
+
+
+def _ids(batch: Batch) -> list[list[int]]:
+    return [row[real].tolist() for row, real in zip(batch.tokens, batch.mask, strict=True)]
 
 
 def _strings(batch: Batch, row: int) -> Sequence[str]:

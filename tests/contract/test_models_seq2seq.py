@@ -1,0 +1,233 @@
+"""Encoder-decoder models: cross-attention, positions of the source, generation, and methods."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import families
+import pytest
+import torch
+
+import mechattr as ma
+from mechattr.errors import SettingError, UnknownNameError, UnsupportedFeatureError, UnsupportedModelError
+from mechattr.models import Add, Batch, Edit, HookedHF, Set, Zero
+from mechattr.models.small import small_model
+from mechattr.sites import Node, full_name, of_source, parse
+
+every_family = pytest.mark.parametrize("family", families.SOURCED)
+ANSWERED = [
+    {"clean_tokens": [9, 17, 33, 1], "corrupt_tokens": [9, 21, 33, 1], "answer": 40, "foil": 41},
+    {"clean_tokens": [11, 17, 30, 1], "corrupt_tokens": [12, 17, 30, 1], "answer": 22, "foil": 6},
+]
+
+
+@every_family
+def test_what_cross_attention_writes_is_its_weights_applied_to_the_encoders_output(family):
+    """z = pattern v and out = z W_O + b_O, with k = x W_K + b_K, v = x W_V + b_V of the encoder's last stream x."""
+    model, batch = families.hooked(family, torch.float64), families.ragged_of(family)
+    last = model.info.n_encoder_layers - 1
+    top = "encoder.ln_final.hook_out" if model.supports("encoder_ln_final") else full_name("encoder_resid_post", last)
+    sites = ("cross_q", "cross_k", "cross_v", "cross_pattern", "cross_z", "cross_attn_out")
+    seen = model.run(batch, record=(*sites, top)).activations
+    real = batch.source.mask
+    for layer in range(model.info.n_layers):
+        _, k, v, pattern, z, out = (seen[full_name(site, layer)].values for site in sites)
+        weights = {
+            n: model.weight(f"blocks.{layer}.cross_attn.{n}") for n in ("W_K", "b_K", "W_V", "b_V", "W_O", "b_O")
+        }
+        for x, m in ((k, "K"), (v, "V")):
+            wanted = torch.einsum("bsm,hmd->bshd", seen[top].values, weights[f"W_{m}"]) + weights[f"b_{m}"]
+            torch.testing.assert_close(x, wanted, rtol=0, atol=1e-10)  # sums in float64
+        torch.testing.assert_close(z, torch.einsum("bhqs,bshd->bqhd", pattern, v), rtol=0, atol=1e-10)
+        wanted = torch.einsum("bqhd,hdm->bqm", z, weights["W_O"]) + weights["b_O"]
+        torch.testing.assert_close(out, wanted, rtol=0, atol=1e-10)
+        assert not pattern.masked_select(~real[:, None, None, :]).any()  # padding of the source is not looked at
+
+
+@every_family
+def test_weights_of_encoder_and_unembedding(family):
+    model, batch = families.hooked(family, torch.float64), families.batch_of(family, families.tokens())
+    run = model.run(batch, record=("encoder_embed", "encoder_v", "encoder_ln1", "encoder_resid_pre", "resid_post"))
+    seen = run.activations
+    table = model.weight("encoder.embed.W_E")
+    torch.testing.assert_close(seen["encoder.hook_embed"].values, table[batch.source.tokens], rtol=0, atol=1e-12)
+    read = seen["encoder_resid_pre" if model.info.post_norm else "encoder_ln1", 0].values
+    wanted = torch.einsum("bsm,hmd->bshd", read, model.weight("encoder.0.attn.W_V")) + model.weight(
+        "encoder.0.attn.b_V"
+    )
+    torch.testing.assert_close(seen["encoder_v", 0].values, wanted, rtol=0, atol=1e-10)  # sums in float64
+    last = seen["resid_post", model.info.n_layers - 1].values
+    norm = None if model.info.post_norm else model.norm("ln_final")
+    stream = last if norm is None else norm(last)
+    wanted = stream @ model.weight("unembed.W_U") + model.weight("unembed.b_U")
+    torch.testing.assert_close(run.logits, wanted, rtol=0, atol=1e-5)  # RMS norms of transformers work in float32
+    with pytest.raises(UnknownNameError, match="no such weight"):
+        model.weight("encoder.unembed.W_U")
+
+
+@every_family
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_positions_count_the_tokens_of_the_side_that_a_site_has(family, side):
+    """An edit at position -1 of a source site changes the last source token of each row, and nothing else there."""
+    model, batch = families.hooked(family), families.ragged_of(family, side)
+    for site in ("encoder_resid_pre", "cross_k", "cross_z", "encoder_pattern", "cross_pattern"):
+        name = full_name(site, 1)
+        plain = model.run(batch, record=name).activations[name]
+        edited = model.run(batch, record=name, edits=[Edit(name, Add(1.0), positions=[-1])]).activations[name]
+        column = 2 if site.endswith("pattern") else 1
+        found = (edited.values != plain.values).movedim(column, 1).flatten(2).any(-1)
+        counted = batch if plain.axes[column] in ("pos", "query") else batch.source
+        wanted = torch.zeros_like(counted.mask)
+        wanted[torch.arange(3), counted.columns(-1)] = True
+        assert torch.equal(found, wanted), site
+
+
+def test_control_source_positions_counted_on_the_decoder_select_other_columns():
+    batch = families.ragged_of("t5", "right")
+    assert not torch.equal(batch.columns(-1), batch.source.columns(-1))
+
+
+def test_positions_and_layers_are_checked_against_their_own_side():
+    model, batch = families.hooked("mt5"), families.batch_of("mt5", families.tokens())  # 7 and 5 tokens; 3 and 2 layers
+    model.run(batch, edits=[Edit("encoder_z", Zero(), layers=[2], positions=[4])])
+    model.run(batch, edits=[Edit("z", Zero(), layers=[1], positions=[6])])
+    with pytest.raises(SettingError, match=r"position 6\n  found: rows of 5 to 5 real tokens"):
+        model.run(batch, edits=[Edit("encoder_z", Zero(), positions=[6])])
+    with pytest.raises(SettingError, match=r"layers=\[2\]\n  found: the model's layers has 0 to 1"):
+        model.run(batch, edits=[Edit("z", Zero(), layers=[2])])
+
+
+@every_family
+def test_the_encoder_sees_all_of_the_source_and_the_decoder_only_what_came_before(family):
+    model, batch = families.hooked(family), families.batch_of(family, families.tokens())
+    patterns = model.run(batch, record=("pattern", "cross_pattern", "encoder_pattern")).activations
+    for name in patterns:
+        x = patterns[name].values
+        ahead = torch.ones(x.shape[-2:], dtype=torch.bool).triu(1)
+        assert bool((x[..., ahead] > 0).any()) == of_source(parse(name)[0]), name
+
+
+@every_family
+def test_edits_of_the_source_act_on_all_of_a_generation(family):
+    """Keys and values of cross-attention are computed once and kept: an edit there acts in every step, as without."""
+    model, batch = families.hooked(family), families.ragged_of(family, "left")
+    settings = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    plain = model.generate(batch, **settings).tokens
+    for site, positions in (("cross_v", None), ("cross_k", [0, -1]), ("encoder_resid_post", [0]), ("cross_z", [-1, 8])):
+        width = 24 if site.startswith("encoder") else 6
+        edit = Edit(site, Add(4 * torch.randn(width, generator=torch.Generator().manual_seed(1))), positions=positions)
+        cached = model.generate(batch, edits=[edit], **settings).tokens
+        assert torch.equal(cached, model.generate(batch, edits=[edit], use_cache=False, **settings).tokens), site
+        assert site != "cross_v" or not torch.equal(cached, plain)
+    beams = model.generate(batch, edits=[Edit("cross_v", Add(0.0), positions=[-1])], num_beams=2, **settings).tokens
+    assert torch.equal(beams, model.generate(batch, num_beams=2, **settings).tokens)
+
+
+def test_generation_steps_are_the_runs_of_what_was_written():
+    """Greedy tokens are the largest logits of runs whose decoder rows grow, under the same edit of the source."""
+    model, batch = families.hooked("t5"), families.batch_of("t5", families.tokens(2, 3))
+    edit = Edit("cross_v", Zero(), positions=[0], heads=[1])
+    made = model.generate(batch, edits=[edit], max_new_tokens=4, do_sample=False, eos_token_id=None).tokens
+    for end in range(3, 7):
+        rows = replace(Batch.of(made[:, :end]), source=batch.source)
+        assert torch.equal(model.run(rows, edits=[edit]).logits[:, -1].argmax(-1), made[:, end])
+
+
+def test_batches_without_a_source_or_with_one_too_many():
+    batch = families.batch_of("t5", families.tokens())
+    with pytest.raises(
+        SettingError, match=r"a batch without a source, which its encoder reads\n  fix: use model.tokenize"
+    ):
+        families.hooked("t5").run(replace(batch, source=None))
+    with pytest.raises(SettingError, match=r"without an encoder beside its decoder\n  found: a batch with a source"):
+        families.hooked("gpt2").run(batch)
+    with pytest.raises(SettingError, match=r"3 rows and a source of 2\n  fix: give one source row for each row"):
+        replace(batch, source=batch.source.rows([0, 1]))
+    part = batch.rows([2, 0]).to("cpu")
+    assert torch.equal(part.source.tokens, batch.source.tokens[[2, 0]])
+    with pytest.raises(SettingError, match="token id 99"):
+        families.hooked("t5").run(replace(batch, source=Batch.of(torch.full((3, 2), 99))))
+
+
+def test_texts_become_the_source_and_targets_follow_the_first_token():
+    model = HookedHF(small_model("t5"), families.tokenizer())
+    batch = model.tokenize([" a b", " a"])
+    assert batch.tokens.tolist() == [[3], [3]]
+    assert batch.source.tokens[batch.source.mask].tolist() == [0, 5, 6, 0, 5]
+    assert batch.prompt is batch.source
+    batch = model.tokenize([" a b", " a"], targets=[" b", " a b"], padding_side="left")
+    assert batch.tokens[batch.mask].tolist() == [3, 6, 3, 5, 6] and batch.padding_side == "left"
+    with pytest.raises(SettingError, match="1 targets for 2 texts"):
+        model.tokenize([" a b", " a"], targets=[" b"])
+    with pytest.raises(SettingError, match="gpt2 has no encoder"):
+        HookedHF(small_model("gpt2"), families.tokenizer()).tokenize(" a", targets=" b")
+
+
+def test_models_that_cannot_be_told_apart_are_refused():
+    shared = small_model("bart")
+    shared.set_input_embeddings(shared.get_input_embeddings())
+    with pytest.raises(UnsupportedModelError, match="encoder and decoder share one embedding module"):
+        HookedHF(shared)
+    config = families.configs()["bart"]
+    config.decoder_ffn_dim = 48
+    with pytest.raises(UnsupportedModelError, match="encoder_ffn_dim=40 and decoder_ffn_dim=48"):
+        ma.models.architectures.family_of(config)
+
+
+def test_patching_heads_of_cross_attention_is_one_whole_run_each():
+    model = families.hooked("t5", torch.float64)
+    task = ma.tasks.from_pairs(model, ANSWERED)
+    found = ma.activation_patching(model, task, sites=("cross_z", "z"), progress=False)
+    other = model.run(task.corrupt, record=("cross_z", "z")).activations
+    base = model.run(task.clean, metric=task.metric).metric
+    for node in (n for n in found.nodes() if n.site == "cross_z"):
+        edit = Edit("cross_z", Set(other), layers=[node.layer], heads=[node.head], positions=[node.pos])
+        effect = model.run(task.clean, edits=[edit], metric=task.metric).metric - base
+        # sums in float64, and RMS norms in float32
+        torch.testing.assert_close(found.value(node), float(effect.abs().mean()), rtol=1e-5, atol=1e-6)
+    assert found.scores["cross_z"].values.max() > 0.01
+    # the decoder's first block reads its own tokens only, which are the same on both prompts: a control of the values
+    assert not found.scores["z"].sel(layer=0).values.any()
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+@pytest.mark.parametrize("variant", ["atp", "hedged"])
+def test_attribution_ranks_heads_of_cross_attention(family, variant):
+    model = families.hooked(family, torch.float64)
+    task = ma.tasks.from_pairs(model, ANSWERED)
+    exact = ma.activation_patching(model, task, sites="cross_z", progress=False).scores["cross_z"].values.flatten()
+    found = ma.attribution_patching(model, task, sites="cross_z", variant=variant, progress=False)
+    ranks = torch.stack([exact, found.scores["cross_z"].values.flatten()])
+    assert torch.corrcoef(ranks)[0, 1] > 0.6  # an estimate; a random order would be near 0
+    left_out = {
+        "t5": "not defined for encoder-decoder models",
+        "bart": "undefined where norms act on the residual stream",
+    }
+    assert found.settings["graddrop"] == (left_out[family] if variant == "hedged" else None)
+
+
+def test_a_task_is_told_by_its_sources():
+    model = families.hooked("t5")
+    one, other = (ma.tasks.from_pairs(model, [pair]) for pair in ANSWERED)
+    assert one.clean.tokens.tolist() == other.clean.tokens.tolist() == [[3]]
+    assert one.hash() != other.hash()
+    found = ma.activation_patching(model, one, sites="cross_z", progress=False)
+    assert found.settings["n_identical_pairs"] == 0
+    assert [text for text, differs in one.sample()[0] if differs] == ["17"]
+
+
+def test_what_does_not_know_cross_attention_is_refused():
+    model = families.hooked("t5")
+    task = ma.tasks.from_pairs(model, ANSWERED)
+    with pytest.raises(UnsupportedFeatureError, match=r"(?s)nodes at encoder_z.*positions are those of the source"):
+        ma.activation_patching(model, task, sites="encoder_z")
+    with pytest.raises(UnsupportedFeatureError, match=r"(?s)nodes at cross_k.*score cross_q, cross_z"):
+        ma.activation_patching(model, task, nodes=[Node("cross_k", 0, 0, 1)])
+    for method in (ma.edge_attribution, ma.ablation, ma.edge_patching):
+        with pytest.raises(UnsupportedFeatureError, match="an encoder-decoder model, whose cross-attention reads and"):
+            method(model, task)
+    with pytest.raises(UnsupportedFeatureError, match=r"variant='star'\n  found: an encoder-decoder model"):
+        ma.attribution_patching(model, task, variant="star")
+    spans = [{**pair, "spans": {"name": (1, 2)}} for pair in ANSWERED]
+    with pytest.raises(UnsupportedFeatureError, match="named spans in task 'pairs'"):
+        ma.tasks.from_pairs(model, spans)
