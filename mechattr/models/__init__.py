@@ -13,7 +13,7 @@ from mechattr.models.load import load
 from mechattr.models.operators import Ablate, Add, Mean, Place, Resample, Scale, Set, Zero
 from mechattr.models.plain import HookedPlain, plain_copy, plain_model
 from mechattr.models.plain_config import PlainConfig
-from mechattr.models.record import check_belongs, record
+from mechattr.models.record import check_belongs, record, record_to
 from mechattr.models.rules import Rules
 
 __all__ = [
@@ -45,5 +45,6 @@ __all__ = [
     "plain_copy",
     "plain_model",
     "record",
+    "record_to",
     "to_transformer_lens_cache",
 ]

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 
+from torch import Tensor
+
+from mechattr import storage
 from mechattr.artifact import Cache
 from mechattr.base import Artifact
-from mechattr.errors import MismatchError
+from mechattr.errors import MismatchError, SettingError
+from mechattr.labelled import Labelled
 from mechattr.models.base import Batch, HookedModel
+from mechattr.models.edits import Edit
+from mechattr.models.operators import Place
 from mechattr.provenance import provenance
+from mechattr.sites import expand, site_spec
+from mechattr.storage import ShardWriter
 
 
 def record(model: HookedModel, batch: Batch, sites: str | Sequence[str]) -> Cache:
@@ -36,6 +45,52 @@ def record(model: HookedModel, batch: Batch, sites: str | Sequence[str]) -> Cach
         settings={"sites": list(activations), "rows": len(batch)},
         provenance=provenance({**asdict(model.info), **model.fingerprint()}, tokens=batch.content),
     )
+
+
+def record_to(
+    path: str | os.PathLike[str],
+    model: HookedModel,
+    batch: Batch,
+    sites: str | Sequence[str],
+    *,
+    shard_bytes: int = 1 << 28,
+) -> Cache:
+    """Records sites of one run into a folder while the forward pass goes by, so that they are never in memory together.
+
+    Args:
+        path: the folder to make. It appears when the run is over, and not at all if the run fails.
+        model: a hooked model.
+        batch: token rows.
+        sites: short or full site names.
+        shard_bytes: a file of the folder is written once so many bytes wait.
+
+    Returns:
+        The recording, opened: what `record` gives, bit for bit, and read from the folder where it is asked for.
+
+    Raises:
+        UnknownSiteError: a site that this model does not have.
+        OutputExistsError: something of this name exists.
+        SettingError: no sites, or no such parent folder.
+
+    Cost:
+        1 forward pass a row. Memory: that of a run that records nothing, and the files' bytes that wait.
+    """
+    names = expand(sites, model.sites())
+    if not names:
+        raise SettingError("a recording", "no sites", "name sites, such as 'resid_post'")
+    settings = {"sites": list(names), "rows": len(batch)}
+    made = provenance({**asdict(model.info), **model.fingerprint()}, tokens=batch.tokens)
+    with ShardWriter(path, settings=settings, provenance=made, shard_bytes=shard_bytes) as writer:
+        written: set[str] = set()
+
+        def write(x: Tensor, place: Place) -> Tensor:
+            if place.site not in written:  # the search for the first NaN runs once more
+                written.add(place.site)
+                writer.add(place.site, Labelled(x, site_spec(place.site).axes))
+            return x
+
+        model.run(batch, edits=[Edit(name, write) for name in names])
+    return Cache.from_stored(storage.open(path), lazy=True)
 
 
 def check_belongs(artifact: Artifact, model: HookedModel) -> None:

@@ -32,6 +32,7 @@ from mechattr.patching.edge_artifact import EdgeAttribution, edge_tables
 from mechattr.patching.graph import Graph
 from mechattr.patching.interventions import PAIRS_AT_ONCE, finite, rows_of, share_of
 from mechattr.patching.places import base_and_source, check_call, chunks, direction_of, places_of
+from mechattr.patching.recording import recorded
 from mechattr.patching.settings import provenance_of, settings_of
 from mechattr.patching.wiring import SiteReaders, Wiring
 from mechattr.sites import full_name
@@ -216,21 +217,20 @@ class _Trials:
         streams = list(dict.fromkeys(readers.stream for readers in self.wiring.readers))
         starts = [full_name("resid_pre", layer) for layer in range(self.model.info.n_layers)]
         batch, names = self.base.rows(pairs), [*writes, *streams, *starts]
-        here = self.model.run(batch, record=names, metric=self.task.metric)
-        there = self.model.run(self.source.rows(pairs), record=writes, metric=self.task.metric)
-        assert here.metric is not None and there.metric is not None  # a metric was given
-        found = {name: here.activations[name].values for name in names}
+        found, metric = recorded(self.model, batch, names, self.task.metric)
+        there, source_metric = recorded(self.model, self.source.rows(pairs), writes, self.task.metric)
+        assert metric is not None and source_metric is not None  # one was given
         moved, change = [], []
         for name in writes:
-            gap = there.activations[name].values - found[name]
+            gap = there[name] - found[name]
             each = gap if gap.ndim == 4 else gap[:, :, None]
             moved.append(((each != 0).any(-1) & batch.mask[..., None]).any(1))
             change.append(self.wiring.outputs(name, gap))
         kept = {name: found[name] for name in (*streams, *starts)}
-        self.now = _Recording(batch, kept, here.metric, torch.cat(change, 1))
-        self.base_metric += here.metric.tolist()
-        self.source_metric += there.metric.tolist()
-        self.dtype = torch.promote_types(here.metric.dtype, torch.float32)
+        self.now = _Recording(batch, kept, metric, torch.cat(change, 1))
+        self.base_metric += metric.tolist()
+        self.source_metric += source_metric.tolist()
+        self.dtype = torch.promote_types(metric.dtype, torch.float32)
         return torch.cat(moved, 1).cpu()
 
     def compute(self, chunk: _Chunk) -> list[float]:

@@ -36,6 +36,7 @@ from mechattr.patching.places import (
     places_of,
     rows_at_once,
 )
+from mechattr.patching.recording import recorded
 from mechattr.patching.wiring import SiteReaders, Wiring, check_keep
 from mechattr.tasks.task import Task
 
@@ -179,9 +180,8 @@ class EdgeRun:
         return {name: mean[positions] for name, mean in self._means.items()}
 
     def _record(self, batch: Batch) -> dict[str, Tensor]:
-        run = self.model.run(batch, record=self.wiring.graph.written)
         self.forward += len(batch)
-        return {name: run.activations[name].values for name in self.wiring.graph.written}
+        return recorded(self.model, batch, self.wiring.graph.written)[0]
 
     def _mean(self) -> dict[str, Tensor]:
         """By full name the mean over prompts at each position [pos, ...]."""

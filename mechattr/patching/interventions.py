@@ -21,6 +21,7 @@ from mechattr.models.base import Batch, HookedModel, Metric, Start
 from mechattr.models.edits import Edit, Place
 from mechattr.patching.nodes import NodeTable
 from mechattr.patching.places import Places, chunks, per_node, rows_at_once
+from mechattr.patching.recording import recorded
 from mechattr.sites import full_name
 
 TOKENS_AT_ONCE = 4096  # rows of a forward pass are chosen so that it has about this many tokens
@@ -152,17 +153,18 @@ class Interventions:
         batch, places, names = self.base.rows(pairs), self.places.rows(pairs), self.table.names
         starts = dict.fromkeys(self.lowest(layer) for layer in self.table.layers)
         stream = [full_name("resid_pre", layer) for layer in starts if layer is not None]
-        here = self.model.run(
-            batch, record=[*stream, *names], metric=self.metric, edits=self.before(torch.tensor(pairs))
+        numbers = torch.tensor(pairs)
+        found, metric = recorded(
+            self.model, batch, [*stream, *names], self.metric, lambda rows: self.before(numbers[list(rows)])
         )
         there, source_metric = self.there.rows(pairs)
-        assert here.metric is not None  # a metric was given
-        kept = {name: here.activations[name].values for name in stream}
-        self.now = Recording(torch.tensor(pairs), batch, places, kept, here.metric, there)
-        self.base_metric += here.metric.tolist()
+        assert metric is not None  # one was given
+        here = {name: found[name] for name in names}
+        self.now = Recording(numbers, batch, places, {name: found[name] for name in stream}, metric, there)
+        self.base_metric += metric.tolist()
         self.source_metric += [] if source_metric is None else source_metric.tolist()
-        self.dtype = torch.promote_types(here.metric.dtype, torch.float32)
-        changed = {name: self.changed(name, here.activations[name].values) for name in names}
+        self.dtype = torch.promote_types(metric.dtype, torch.float32)
+        changed = {name: self.changed(name, here[name]) for name in names}
         return self.together(self.table.lookup(changed, len(batch)))
 
     def compute(self, chunk: Chunk) -> list[float]:

@@ -30,6 +30,7 @@ from mechattr.models.edits import Edit, Place
 from mechattr.patching.interventions import Chunk, Interventions, Patch, Recording, rows_of, share_of
 from mechattr.patching.nodes import NodeTable, every_node, table_of
 from mechattr.patching.places import Places, Positions, base_and_source, check_call, direction_of, places_of
+from mechattr.patching.recording import recorded
 from mechattr.patching.settings import provenance_of, settings_of
 from mechattr.patching.source import Source, shape_of, source_of
 from mechattr.sites import Node, full_name, parse
@@ -235,14 +236,13 @@ class _Paths(Interventions):
         names = [full_name("resid_pre", layer) for layer in range(self.model.info.n_layers)]
         names += [*self.frozen_sites, *self.table.names]
         batch, places = self.base.rows(pairs), self.places.rows(pairs)
-        here = self.model.run(batch, record=names, metric=self.metric)
+        kept, metric = recorded(self.model, batch, names, self.metric)
         there, source_metric = self.there.rows(pairs)
-        assert here.metric is not None and source_metric is not None  # a metric was given
-        kept = {name: here.activations[name].values for name in names}
-        self.now = Recording(torch.tensor(pairs), batch, places, kept, here.metric, there)
-        self.base_metric += here.metric.tolist()
+        assert metric is not None and source_metric is not None  # one was given
+        self.now = Recording(torch.tensor(pairs), batch, places, kept, metric, there)
+        self.base_metric += metric.tolist()
         self.source_metric += source_metric.tolist()
-        self.dtype = torch.promote_types(here.metric.dtype, torch.float32)
+        self.dtype = torch.promote_types(metric.dtype, torch.float32)
         changed = {name: self.changed(name, kept[name]) for name in self.table.names}
         return self.together(self.table.lookup(changed, len(batch)))
 

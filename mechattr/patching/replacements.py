@@ -13,6 +13,7 @@ from mechattr.errors import AlignmentError
 from mechattr.models.base import Batch, HookedModel
 from mechattr.patching.interventions import PAIRS_AT_ONCE, Index, Interventions
 from mechattr.patching.places import Places, by_place, chunks, feature_of
+from mechattr.patching.recording import recorded
 from mechattr.patching.source import shape_of
 from mechattr.sites import SITES, parse
 from mechattr.tasks.task import Task
@@ -48,11 +49,11 @@ class Means:
         total: dict[str, Tensor] = {}
         dtypes = {}
         for part in chunks(len(task), min(rows, PAIRS_AT_ONCE)):
-            found = model.run(task.clean.rows(part), record=names).activations
+            found, _ = recorded(model, task.clean.rows(part), tuple(dict.fromkeys(names)))
             where = places.where[list(part)]
             pair, place, column = where.nonzero(as_tuple=True)
             for name in dict.fromkeys(names):
-                x = found[name].values
+                x = found[name]
                 dtypes[name] = x.dtype
                 wide = x.to(torch.promote_types(x.dtype, torch.float32))
                 if name not in first:
@@ -139,13 +140,13 @@ class Others:
         return cls(model, batch, columns.clamp(min=0), tuple(names))
 
     def rows(self, pairs: Sequence[int]) -> tuple[dict[str, Tensor], Tensor | None]:
-        found = self.model.run(self.batch.rows(pairs), record=self.names).activations
+        found, _ = recorded(self.model, self.batch.rows(pairs), self.names)
         columns = self.columns[list(pairs)]
         pair = torch.arange(len(columns), device=columns.device)[:, None]
         return {
             name: x if "query" in SITES[parse(name)[0]].axes else x[pair, columns]
             for name in self.names
-            for x in (found[name].values,)
+            for x in (found[name],)
         }, None
 
 

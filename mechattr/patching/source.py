@@ -12,6 +12,7 @@ from mechattr import storage
 from mechattr.artifact import Cache
 from mechattr.errors import MismatchError, SettingError
 from mechattr.models.base import Batch, HookedModel, Metric, ModelInfo
+from mechattr.patching.recording import recorded
 from mechattr.provenance import provenance
 from mechattr.sites import SITES, parse
 
@@ -39,8 +40,7 @@ class Source:
         if self.recorded is not None:
             device = self.batch.device
             return {name: self.recorded[name][list(pairs)].to(device) for name in self.names}, None
-        run = self.model.run(self.batch.rows(pairs), record=self.names, metric=self.metric)
-        return {name: run.activations[name].values for name in self.names}, run.metric
+        return recorded(self.model, self.batch.rows(pairs), self.names, self.metric)
 
     @property
     def forward(self) -> int:

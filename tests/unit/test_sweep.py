@@ -17,6 +17,7 @@ import mechattr.engines.sweep as engine
 from mechattr.engines.halving import Halving
 from mechattr.engines.sweep import Journal, sweep
 from mechattr.errors import OutputExistsError, SettingError
+from mechattr.sites import Node
 
 GROUPS = [[1.0, 2.0], [0.1, 1 / 3]]
 
@@ -236,3 +237,40 @@ def test_methods_survive_memory_running_out_with_the_same_result(method, monkeyp
     for name, table in expected.tensors.items():
         # float64 rounding: other batch shapes add in another order
         torch.testing.assert_close(found.tensors[name].values, table.values, rtol=0, atol=1e-12)
+
+
+HALVED = (
+    (ma.activation_patching, {"sites": "z"}),
+    (ma.attribution_patching, {"sites": "z"}),
+    (ma.ablation, {"sites": "z"}),
+    (ma.ablation, {"sites": "z", "kind": "resample"}),
+    (ma.causal_tracing, {"sites": "z", "span": "A", "samples": 1}),
+    (ma.path_patching, {"receivers": [Node("q", 1, head=0)]}),
+    (ma.edge_attribution, {"steps": 2}),
+    (ma.edge_patching, {}),
+)
+
+
+@pytest.mark.parametrize(("method", "how"), HALVED, ids=[f"{m.__name__}-{h.get('kind', '')}" for m, h in HALVED])
+def test_recordings_halve_too(method, how, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    """Memory for no more than two rows, in whatever run; in float64, so that only the order of sums can show."""
+    model = plain("gpt2_like")
+    task = pairs_task(model, (5,) * 4)
+    expected = method(model, task, **how)
+    sizes: list[int] = []
+
+    def narrow(forward, batch, **settings):  # type: ignore[no-untyped-def]
+        if len(batch) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        sizes.append(len(batch))
+        return forward(batch, **settings)
+
+    for name in ("run", "tape"):
+        monkeypatch.setattr(model, name, partial(narrow, getattr(model, name)))
+    found = method(model, task, **how)
+    assert max(sizes) == 2
+    for name, table in expected.tensors.items():
+        # float64 rounding: other batch shapes add in another order
+        torch.testing.assert_close(
+            found.tensors[name].values, table.values, rtol=0, atol=1e-12, equal_nan=True, msg=lambda m, n=name: n + m
+        )
