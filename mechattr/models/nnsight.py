@@ -103,7 +103,7 @@ class HookedNNsight(Traced):
         """One trace: a forward pass and, if gradients are asked for, one backward pass. See `HookedModel.run`.
 
         A function that is given as metric or edit runs inside the trace. A metric gets rows with the tokens, mask,
-        example, strings, lengths, positions and columns of a batch. With `start`, the blocks below run in vain. With
+        example, strings, lengths, positions and columns of a batch. With
         `visit`, gradients are collected first.
 
         Raises:

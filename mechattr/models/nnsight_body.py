@@ -26,6 +26,7 @@ def body(model: Any, plan: dict[str, Any]) -> dict[str, Any]:
     """
     state: dict[str, Any] = {"plan": plan, "activations": {}, "nodes": {}, "streams": {}, "forms": {}}
     actions: dict[str, Any] = {
+        "skip": skip,
         "input": at_input,
         "output": at_output,
         "write": at_write,
@@ -180,6 +181,11 @@ def replaced(value: Any, x: Tensor) -> Any:
 
 
 # -- steps
+
+
+def skip(_: dict[str, Any], envoy: Any) -> None:
+    """A block that hands its input through, below the start of a run."""
+    envoy.skip(envoy.input)
 
 
 def at_input(state: dict[str, Any], envoy: Any, site: str, heads: int = 0, stream: str = "", start: Any = None) -> None:

@@ -81,8 +81,11 @@ class _Steps:
             if name in anatomy.ends and taps.wants(site) and taps.start is None:
                 self.add("output", anatomy.ends[name], site=site)
         first = 0 if taps.start is None else taps.start.layer
-        for layer in range(first, len(anatomy.blocks)):
-            self.block(layer)
+        for layer, block in enumerate(anatomy.blocks):
+            if layer < first:
+                self.add("skip", block)
+            else:
+                self.block(layer)
         if "final" in anatomy.ends:
             self.norm(anatomy.ends["final"], "ln_final.")
         return self.steps

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 import families
 import pytest
 import torch
@@ -15,6 +13,7 @@ from torch import Tensor
 import mechattr as ma
 from mechattr.errors import UnsupportedModelError
 from mechattr.models import Ablate, Add, Batch, Edit, Mean, Resample, Rules, Scale, Set, Start, Zero, nnsight_body
+from mechattr.models.families import FAMILIES as ROWS
 from mechattr.sites import parse
 
 FAMILIES = ("gpt2", "llama", "qwen3", "gpt_neox", "gemma2")
@@ -58,23 +57,31 @@ def test_every_site_and_every_gradient_is_that_of_the_reference(kind, side):
     )
 
 
-OTHERS = [name for name in families.EVERY if name not in FAMILIES]
-REFUSED: dict[str, Collection[str]] = {
-    "what its encoder reads has no way in": families.SOURCED,
-    "images have no way in": {"llava", "qwen2_vl", "qwen2_5_vl"},
-    "its attention does not go through transformers' attention interface": {
-        "gptj", "codegen", "gpt_neo", "bloom", "falcon", "falcon_groups", "falcon_alibi",
-    },
-    "it multiplies what blocks write after the modules that write it": {"granite", "granitemoe"},
-    "its softmax has attention sinks": {"gpt_oss"},
-}  # fmt: skip
+# slow: one of each shape of block says what the others say
+OTHERS = [
+    name if name in families.SHAPES else pytest.param(name, marks=pytest.mark.slow)
+    for name in families.EVERY
+    if name not in FAMILIES
+]
 ABSENT = {"router_logits", "expert_out"}
+
+
+def refusal(family: str) -> str:
+    """Why the backend refuses a family; empty where it does not."""
+    row = ROWS[families.configs()[family].model_type]
+    reasons = {
+        "what its encoder reads has no way in": row.source is not None,
+        "images have no way in": row.language is not None,
+        "its attention does not go through transformers' attention interface": row.adapter is not None,
+        "it multiplies what blocks write after the modules that write it": row.multiplied,
+        "its softmax has attention sinks": family == "gpt_oss",
+    }
+    return next((reason for reason, here in reasons.items() if here), "")
 
 
 @pytest.mark.parametrize("family", OTHERS)
 def test_every_other_family_is_that_of_the_reference_or_refused(family):
-    reason = next((reason for reason, names in REFUSED.items() if family in names), None)
-    if reason is not None:
+    if reason := refusal(family):
         with pytest.raises(UnsupportedModelError, match=f"nnsight backend\n  found: {reason}\n  fix: use"):
             traced(family)
         return
@@ -128,6 +135,8 @@ def test_runs_from_the_middle_and_held_writes(place):
     start = Start(1, torch.randn(3, 7, 24, generator=torch.Generator().manual_seed(0)))
     sites = ("blocks.1.hook_resid_pre", "blocks.1.attn.hook_z", "ln_final")
     assert_same(model, "llama", batch, start=start, record=sites, metric=families.probe, gradients=sites)
+    for family in ("gpt2", "opt", "bert"):  # with a position embedding, and as an encoder
+        assert_same(backend_model(place + family), family, batch, start=start, record="blocks.1.hook_resid_post")
     assert_same(model, "llama", batch, rules=Rules(hold={0}), metric=families.probe, gradients=("embed", "z"))
 
 
