@@ -1,12 +1,13 @@
-"""Whether a batch can be run on a model."""
+"""Whether a batch can be run on a model, from where and under which rules."""
 
 from __future__ import annotations
 
 import torch
 
 from mechattr.errors import SettingError, UnsupportedFeatureError
-from mechattr.models.base import Batch, ModelInfo
+from mechattr.models.base import Batch, ModelInfo, Start
 from mechattr.models.images import marked
+from mechattr.models.rules import Rules
 
 
 def check_batch(batch: Batch, info: ModelInfo, device: torch.device) -> None:
@@ -71,3 +72,36 @@ def check_room(info: ModelInfo, tokens: int) -> None:
         raise SettingError(
             f"a prompt of {tokens} tokens", f"the model has {info.n_ctx} positions", "use shorter prompts"
         )
+
+
+def check_start(start: Start | None, info: ModelInfo, batch: Batch) -> None:
+    """Whether a run can begin at a residual stream.
+
+    Raises:
+        SettingError: no such block, or a stream of another shape, dtype or device.
+    """
+    if start is None:
+        return
+    if not 0 <= start.layer < info.n_layers:
+        found = f"blocks 0 to {info.n_layers - 1}"
+        raise SettingError(f"a run from block {start.layer}", found, "name an existing block")
+    shape, wanted = tuple(start.resid_pre.shape), (*batch.tokens.shape, info.d_model)
+    if shape != wanted:
+        found = f"a residual stream of shape {shape}"
+        raise SettingError(f"a run from block {start.layer} with shape {wanted}", found, "give one row for each prompt")
+    kind, device = str(start.resid_pre.dtype).removeprefix("torch."), start.resid_pre.device
+    if (kind, device) != (info.dtype, batch.device):
+        found = f"a residual stream in {kind} on {device}"
+        asked = f"a run from block {start.layer} in {info.dtype} on {batch.device}"
+        raise SettingError(asked, found, "give a residual stream of this model")
+
+
+def check_hold(rules: Rules | None, info: ModelInfo) -> None:
+    """Whether the blocks that rules hold exist.
+
+    Raises:
+        SettingError: they do not.
+    """
+    bad = sorted(layer for layer in (rules or Rules()).hold if not 0 <= layer < info.n_layers)
+    if bad:
+        raise SettingError(f"Rules(hold={bad})", f"blocks 0 to {info.n_layers - 1}", "name existing blocks")

@@ -20,6 +20,7 @@ from mechattr.errors import (
     nearest,
 )
 from mechattr.models.base import Batch, Metric, ModelInfo, Run, Start, Visit
+from mechattr.models.checks import check_hold, check_start
 from mechattr.models.dictionary import Dictionary
 from mechattr.models.edits import Edit, Frame
 from mechattr.models.rules import Rules, check_rules
@@ -121,9 +122,9 @@ def plan(
         raise SettingError("gradients", "no metric to differentiate", "pass metric=task.metric or a function")
     if metric is not None and not callable(metric):
         raise SettingError(f"metric={metric!r}", "that is not callable", "pass metric=task.metric or a function")
-    _check_start(start, info, batch)
+    check_start(start, info, batch)
     check_rules(rules, sites)
-    _check_hold(rules, info)
+    check_hold(rules, info)
     taps = Taps(
         frame=Frame.whole(batch),
         edits=plan_edits(edits, sites, info, batch.lengths, batch.prompt.lengths),
@@ -227,29 +228,6 @@ def execute(
     else:
         found = tape.gradients()
     return Run(tape.logits, Cache.from_tensors(tape.activations), Cache.from_tensors(found), tape.metric)
-
-
-def _check_start(start: Start | None, info: ModelInfo, batch: Batch) -> None:
-    if start is None:
-        return
-    if not 0 <= start.layer < info.n_layers:
-        found = f"blocks 0 to {info.n_layers - 1}"
-        raise SettingError(f"a run from block {start.layer}", found, "name an existing block")
-    shape, wanted = tuple(start.resid_pre.shape), (*batch.tokens.shape, info.d_model)
-    if shape != wanted:
-        found = f"a residual stream of shape {shape}"
-        raise SettingError(f"a run from block {start.layer} with shape {wanted}", found, "give one row for each prompt")
-    kind, device = str(start.resid_pre.dtype).removeprefix("torch."), start.resid_pre.device
-    if (kind, device) != (info.dtype, batch.device):
-        found = f"a residual stream in {kind} on {device}"
-        asked = f"a run from block {start.layer} in {info.dtype} on {batch.device}"
-        raise SettingError(asked, found, "give a residual stream of this model")
-
-
-def _check_hold(rules: Rules | None, info: ModelInfo) -> None:
-    bad = sorted(layer for layer in (rules or Rules()).hold if not 0 <= layer < info.n_layers)
-    if bad:
-        raise SettingError(f"Rules(hold={bad})", f"blocks 0 to {info.n_layers - 1}", "name existing blocks")
 
 
 def check_fired(taps: Taps) -> None:
