@@ -102,3 +102,7 @@ def test_the_release_is_the_one_that_the_tests_are_pinned_to(root: Path) -> None
     project = (root / "pyproject.toml").read_text(encoding="utf-8")
     (allowed,) = re.findall(r'"(transformers[<>=].*?)"', project)
     assert Requirement(allowed).specifier.contains(TESTED_TRANSFORMERS)
+
+
+def test_the_readme_counts_the_families(root: Path) -> None:
+    assert f"| models | {len(FAMILIES)} families" in (root / "README.md").read_text(encoding="utf-8")
