@@ -148,7 +148,8 @@ def trace(
             "look at nnsight.status() whether the model is up, and at the network; then run it again",
         ) from error
     except Exception as error:
-        if remote and (isinstance(error, ModuleNotFoundError) or "pickl" in f"{type(error).__name__} {error}".lower()):
+        said = f"{type(error).__name__} {error}".lower()
+        if remote and (isinstance(error, ModuleNotFoundError | SyntaxError) or "pickl" in said):
             raise UnsupportedFeatureError(
                 "sending a metric, an edit or a reduce function",
                 str(error),

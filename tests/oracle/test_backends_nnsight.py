@@ -129,6 +129,17 @@ def test_edits_add_up_in_every_family(kind):
     assert_same(model, kind, batch, edits=chosen, record="resid_post", metric=families.probe, gradients="z")
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_other_dtypes_and_padding_without_any_visible_key(dtype):
+    """In float64 a softmax in float32 makes NaN of rows that see nothing, unless their mask is mended."""
+    batch, sites = families.ragged("left"), ("pattern", "z", "ln1_scale", "resid_post")
+    models = families.hooked("llama", dtype), traced("llama", dtype)
+    expected, found = (model.run(batch, record=sites) for model in models)
+    assert found.logits.dtype == dtype and bool(found.logits.isfinite().all())
+    assert torch.equal(found.logits, expected.logits)
+    assert all(torch.equal(found.activations[name].values, x.values) for name, x in expected.activations.items())
+
+
 @PLACES
 def test_runs_from_the_middle_and_held_writes(place):
     model, batch = backend_model(place + "llama"), families.ragged("left")

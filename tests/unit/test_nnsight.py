@@ -260,6 +260,15 @@ def test_functions_that_cannot_be_sent_are_refused(tmp_path):
         pytest.raises(UnsupportedFeatureError, match="functions of torch and plain"),
     ):
         model.run(BATCH, edits=[Edit("z", lambda x, p: x * file.tell())])
+    calls = 0
+
+    def counted(x: torch.Tensor, _place: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return x
+
+    with pytest.raises(UnsupportedFeatureError, match="no binding for nonlocal 'calls'"):
+        model.run(BATCH, edits=[Edit("z", counted)])
     task = pairs_task(model)
     for method, more in ((ma.path_patching, [[ma.Node("resid_post", 1)]]), (ma.edge_patching, [])):
         with pytest.raises(UnsupportedFeatureError, match=r"(?s)sending a .*fix: .*remote="):
