@@ -16,7 +16,7 @@ from mechattr.models import cross, vision, weights
 from mechattr.models import tokenize as text
 from mechattr.models.anatomy import locate
 from mechattr.models.base import AttentionForm, Batch, Generation
-from mechattr.models.checks import check_batch, check_room
+from mechattr.models.checks import check_batch, check_room, check_weights
 from mechattr.models.describe import describe
 from mechattr.models.dictionary import hash_of
 from mechattr.models.discovery import row_of
@@ -52,8 +52,8 @@ class HookedHF(Running):
         family: where its sites are; by default its row of the table, or what `discover` finds.
 
     Raises:
-        UnsupportedModelError: a family without a row that discovery cannot describe, or one whose attention does not go
-            through the tap.
+        UnsupportedModelError: a family without a row that discovery cannot describe, one whose attention does not go
+            through the tap, or a quantised model.
         SelfCheckError: a hook that does not do what its site's name says.
         ModelStateError: a model in training mode.
     """
@@ -73,6 +73,7 @@ class HookedHF(Running):
             raise UnsupportedModelError(
                 f"a hooked {type(model).__name__}", "it has no config", "give a transformers model, or a plain one"
             )
+        check_weights(model)
         self.processor = tokenizer if hasattr(tokenizer, "image_processor") else None
         self.model, self.tokenizer = model, tokenizer if self.processor is None else self.processor.tokenizer
         self._weight_hash = weights.Hasher()
