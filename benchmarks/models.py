@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from mechattr.models.load import bundled_path
+from mechattr.models.files import bundled_path
 
 SHAPES: dict[str, dict[str, int]] = {
     "S": {"n_layer": 4, "n_head": 4, "n_embd": 128},

@@ -131,7 +131,7 @@ def free_memory(meminfo: Path) -> str:
 
 def bundled_model() -> Finding:
     """Whether the model `tiny` is there and its files are those that were published."""
-    from mechattr.models.load import bundled_path
+    from mechattr.models.files import bundled_path
 
     try:
         return check_sums(bundled_path("tiny"))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mechattr.errors import UnknownNameError, UnsupportedFeatureError, UnsupportedModelError, nearest
 from mechattr.models.families.family import PARTS, Cross, Family, text_config
 from mechattr.models.norms import Norm, is_norm, norm_of
+from mechattr.models.placement import stored
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,8 +89,8 @@ class Anatomy:
         if name not in names:
             raise UnknownNameError(f"norm {name!r}", "this model has no such norm", nearest(name, names))
         module = names[name]
-        like: Any = self.ends["embed"]
-        return None if module is None else norm_of(module, like.weight)
+        like = stored(self.ends["embed"], "weight")
+        return None if module is None or like is None else norm_of(module, like)
 
 
 def locate(

@@ -7,9 +7,10 @@ padded token tensor. Tensors of a run have the columns of `Batch.tokens`; everyt
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -103,6 +104,10 @@ class AttentionForm:
     scaling: float
     softcap: float | None = None
     sinks: Float[Tensor, " head"] | None = None
+
+    def to(self, device: torch.device) -> AttentionForm:
+        """The same form on another device."""
+        return self if self.sinks is None else replace(self, sinks=self.sinks.to(device))
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,6 +15,7 @@ from mechattr.models import tokenize as text
 from mechattr.models.base import ModelInfo
 from mechattr.models.batch import Batch
 from mechattr.models.checks import check_batch
+from mechattr.models.placement import stored
 
 if TYPE_CHECKING:
     from mechattr.models.hf_hooks import Installer
@@ -120,7 +121,9 @@ def placed(module: Any, own: Tensor, positions: Int[Tensor, "batch pos"]) -> Flo
     """The embedding of each column's position in place of its number, which `own` is; padding keeps its number."""
     numbers = torch.arange(positions.shape[1], device=positions.device)
     ids = torch.where(positions < 0, numbers, positions) + getattr(module, "offset", 0)
-    return torch.nn.functional.embedding(ids, module.weight).to(own.dtype)
+    table = stored(module, "weight")
+    assert table is not None
+    return torch.nn.functional.embedding(ids.to(own.device), table).to(own.dtype)
 
 
 def handing_through(attn: nn.Module, *, several: bool) -> Callable[..., Any]:
@@ -137,6 +140,10 @@ def handing_through(attn: nn.Module, *, several: bool) -> Callable[..., Any]:
 
     def forward(hidden_states: Tensor, _mask: Any, position_bias: Any, *_args: Any, **_kwargs: Any) -> Any:
         columns = hidden_states.shape[1]
-        return hidden_states, bias(columns, columns) if position_bias is None else position_bias, None
+        return (
+            hidden_states,
+            bias(columns, columns, device=hidden_states.device) if position_bias is None else position_bias,
+            None,
+        )
 
     return forward

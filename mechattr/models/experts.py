@@ -23,7 +23,7 @@ def reroute(router: nn.Module, routed: tuple[Any, ...], logits: Float[Tensor, "t
     bias = {} if getattr(router, "bias", None) is None else {"bias": logits.new_zeros(n_experts)}
     identity = torch.eye(n_experts, d_model, dtype=logits.dtype, device=logits.device)
     twin.__dict__["_parameters"] = {"weight": identity, **bias}
-    _, scores, chosen = twin.forward(F.pad(logits, (0, d_model - n_experts)))
+    _, scores, chosen = type(router).forward(twin, F.pad(logits, (0, d_model - n_experts)))
     return logits, scores.to(routed[1].dtype), chosen
 
 

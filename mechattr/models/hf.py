@@ -24,6 +24,7 @@ from mechattr.models.edits import Edit, Frame
 from mechattr.models.families import Family, full_sites, text_config
 from mechattr.models.hf_hooks import tapping
 from mechattr.models.norms import Norm
+from mechattr.models.placement import check_whole, runs_on, stored
 from mechattr.models.running import Running, Turns
 from mechattr.models.selfcheck import selfcheck
 from mechattr.models.taps import Taps, plan_edits, supported
@@ -79,6 +80,7 @@ class HookedHF(Running):
         self._weight_hash = weights.Hasher()
         self._turns = Turns()
         self._forms: dict[int, AttentionForm] | None = None
+        check_whole(model)
         self._check_state()  # dropout would make what discovery and the self-check compare meaningless
         family, mapping = row_of(model, family)
         self.config = c = text_config(model.config, family)
@@ -105,8 +107,14 @@ class HookedHF(Running):
         return (
             f"HookedHF({i.name!r}, {i.family}, {i.n_layers} layers, {i.n_heads} heads"
             + (f" ({i.n_kv_heads} kv)" if i.n_kv_heads != i.n_heads else "")
-            + f", d_model {i.d_model}, {i.dtype} on {self.model.device})"
+            + f", d_model {i.d_model}, {i.dtype} on {self.device})"
         )
+
+    @property
+    def device(self) -> torch.device:
+        """Where tokens go in, and where recordings, gradients and weights come out if parts of a model that is spread
+        over devices compute on others."""
+        return runs_on(self._anatomy.ends["embed"])
 
     def sites(self) -> tuple[str, ...]:
         """The full site names of this model, in the order of its forward pass; each was seen to fire at load."""
@@ -122,7 +130,7 @@ class HookedHF(Running):
         Raises:
             UnknownNameError: no such weight.
         """
-        return weights.weight(name, self._anatomy, self.model.get_output_embeddings()).detach()
+        return weights.weight(name, self._anatomy, self.model.get_output_embeddings()).detach().to(self.device)
 
     def tokenize(
         self,
@@ -146,7 +154,7 @@ class HookedHF(Running):
                 where each image stands (in a chat without one, before the text).
             targets: for each text how an encoder-decoder model's own text begins.
         """
-        given: dict[str, Any] = {"chat": chat, "padding_side": padding_side, "device": self.model.device}
+        given: dict[str, Any] = {"chat": chat, "padding_side": padding_side, "device": self.device}
         if images is not None:
             return vision.tokenize_images(self.processor, texts, images, info=self.info, **given)
         rows = text.tokenize(self.tokenizer, texts, **given)
@@ -163,7 +171,7 @@ class HookedHF(Running):
     def fingerprint(self) -> Mapping[str, str]:
         """sha256 of the weights (computed again only when they were written to) and of the tokenizer."""
         return {
-            "weight_hash": self._weight_hash(self.model.state_dict()),
+            "weight_hash": self._weight_hash(self.model.state_dict(), self._offloaded),
             "tokenizer_hash": text.tokenizer_hash(self.tokenizer),
             **hash_of(self._dictionaries),
         }
@@ -175,7 +183,8 @@ class HookedHF(Running):
             UnknownNameError: no such norm.
             UnsupportedFeatureError: a post-norm encoder, whose norms act on the stream itself.
         """
-        return self._anatomy.norm(name)
+        norm = self._anatomy.norm(name)
+        return None if norm is None else norm.to(self.device)
 
     def attention(self, layer: int) -> AttentionForm:
         """How a block's attention turns q.k into scores, as seen in a run of one token.
@@ -187,14 +196,14 @@ class HookedHF(Running):
             found = f"blocks 0 to {self.info.n_layers - 1}"
             raise SettingError(f"the attention of block {layer}", found, "name an existing block")
         if self._forms is None:
-            one = Batch.of(torch.zeros(1, 1, dtype=torch.long, device=self.model.device))
+            one = Batch.of(torch.zeros(1, 1, dtype=torch.long, device=self.device))
             if self.info.n_encoder_layers:
                 one = replace(one, source=one)
             taps = Taps(Frame.whole(one), record=frozenset(expand("rot_q", self._sites)))
             taps.axes = {name: site_spec(name).axes for name in taps.names}
             with torch.no_grad():
                 self._forward(one, taps)
-            self._forms = taps.forms
+            self._forms = {layer: form.to(self.device) for layer, form in taps.forms.items()}
         return self._forms[layer]
 
     def _forward(self, batch: Batch, taps: Taps) -> Tensor:
@@ -276,6 +285,10 @@ class HookedHF(Running):
         with self._turns(), vision.unchanged(self.model), hooks:
             yield
 
+    def _offloaded(self, name: str) -> Tensor | None:
+        path, _, last = name.rpartition(".")
+        return stored(self.model.get_submodule(path), last)
+
     def _pad_id(self) -> int:
         ids = (getattr(self.tokenizer, n, None) for n in ("pad_token_id", "eos_token_id"))
         found = next((i for i in (*ids, self.config.pad_token_id, self.config.eos_token_id) if i is not None), 0)
@@ -289,5 +302,5 @@ class HookedHF(Running):
 
     def _check(self, batch: Batch) -> None:
         self._check_state()
-        check_batch(batch, self.info, self.model.device)
-        cross.check_source(batch, self.info, self.model.device)
+        check_batch(batch, self.info, self.device)
+        cross.check_source(batch, self.info, self.device)

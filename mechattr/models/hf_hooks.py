@@ -192,7 +192,7 @@ class Installer(Tapping):
             before[:] = [x]
 
         def feed_back(_m: nn.Module, _a: Any, x: Tensor) -> Tensor:
-            total = before.pop() + (x if factor == 1.0 else factor * x)
+            total = before.pop().to(x.device) + (x if factor == 1.0 else factor * x)
             change = self.tap(mid, total) - total
             return x + (change if factor == 1.0 else change / factor)
 
@@ -254,7 +254,7 @@ class Installer(Tapping):
         if taps.wants(scale):
 
             def scaled(m: nn.Module, a: Any, y: Tensor) -> Tensor:
-                x = a[0]
+                x = a[0].to(y.device)
                 s = norm_scale(m, x)
                 edited = self.tap(scale, s) if s.ndim > 1 else self.tap(scale, s[:, None])[:, 0]
                 return y + (normalise(m, x, edited) - normalise(m, x, s)).to(y.dtype)
@@ -264,7 +264,7 @@ class Installer(Tapping):
             self.on_output(module, lambda m, a, y: self.tap(out, y))
 
     def frozen_norm(self, m: nn.Module, a: Any, y: Tensor) -> Tensor:
-        x = a[0]
+        x = a[0].to(y.device)
         return frozen_like(y, normalise(m, x, norm_scale(m, x).detach()).to(y.dtype))
 
     # -- the attention function

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mechattr.models.anatomy import Anatomy
 from mechattr.models.hooks import Hooks
+from mechattr.models.placement import stored
 from mechattr.models.rules import frozen_like
 from mechattr.models.taps import Taps
 from mechattr.models.weights import w_o
@@ -55,8 +56,9 @@ class Tapping(Hooks):
         return self.taps(name, x.unflatten(-1, (heads, -1))).flatten(-2)
 
     def result(self, name: str, o: nn.Module, z: Tensor) -> Tensor:
-        heads, factor = self.anatomy.n_heads, self.anatomy.factors.write
-        per_head = torch.einsum("bphd,hdm->bphm", z.unflatten(-1, (heads, -1)), w_o(o, heads))
+        heads, factor, weight = self.anatomy.n_heads, self.anatomy.factors.write, w_o(o, self.anatomy.n_heads)
+        per_head = torch.einsum("bphd,hdm->bphm", z.to(weight.device).unflatten(-1, (heads, -1)), weight)
         total = self.taps(name, per_head if factor == 1.0 else factor * per_head).sum(2)
         total = total if factor == 1.0 else total / factor
-        return total if o.bias is None else total + o.bias  # type: ignore[operator]
+        bias = stored(o, "bias")
+        return total if bias is None else total + bias

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import json
-import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mechattr.errors import SettingError, UnknownModelError, UnknownNameError, nearest
+from mechattr.errors import SettingError, UnknownNameError, nearest
 from mechattr.models.base import HookedModel
 from mechattr.models.families import FAMILIES, Family
+from mechattr.models.files import (
+    BUNDLED,
+    bundled_path,
+    first_line,
+    is_local,
+    read_processor,
+    read_tokenizer,
+    read_weights,
+)
 
-PACKAGE = Path(__file__).resolve().parent.parent
-BUNDLED = ("tiny",)
 BACKENDS = ("hf", "plain", "nnsight", "transformer_lens")
 DTYPES = {
     "float64": torch.float64,
@@ -25,23 +28,6 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-
-
-def bundled_path(name: str) -> Path:
-    """The folder of a bundled model: inside an installed wheel, or in the `data/` folder of a checkout.
-
-    Raises:
-        UnknownModelError: the folder is in neither place.
-    """
-    places = [PACKAGE / "_data" / "models" / name, PACKAGE.parent / "data" / "models" / name]
-    for place in places:
-        if (place / "model.safetensors").exists():
-            return place
-    raise UnknownModelError(
-        f"the bundled model {name!r}",
-        "its folder is neither in the installed package nor in a checkout",
-        "reinstall mechattr, or load another model",
-    )
 
 
 def load(
@@ -55,6 +41,7 @@ def load(
     revision: str | None = None,
     family: Family | None = None,
     remote: bool | str = False,
+    device_map: str | Mapping[str, Any] | None = None,
 ) -> HookedModel:
     """A hooked model.
 
@@ -72,6 +59,8 @@ def load(
         family: where the sites of the model are; by default its row of the table, or what `discover` finds.
         remote: of `backend="nnsight"`: `"local"` serialises each run as for a server and runs it here, `True` sends it
             to an NDIF server, for a model by its hub name.
+        device_map: of `backend="hf"` and names and folders: spreads the model over devices, the CPU's memory and the
+            disk, as transformers does: `"auto"`, or a device for each module, such as `{"model.layers.0": 0, ...}`.
 
     Raises:
         UnknownModelError: nothing found under this name, or files that cannot be read or are incomplete.
@@ -90,10 +79,12 @@ def load(
         _no_settings(device=device, dtype=dtype, family=family)
         return HookedLens(source, tokenizer, revision=revision)
     wanted = None if dtype is None else dtype_of(dtype)
+    if device_map is not None:
+        _check_spread(source, backend, device)
     if backend == "nnsight":
         return _traced(source, tokenizer, attention, revision, remote, device=device, dtype=wanted, family=family)
     if backend == "hf":
-        return _hooked(source, tokenizer, device, wanted, attention, revision, family)
+        return _hooked(source, tokenizer, device, wanted, attention, revision, family, device_map)
     if backend == "transformer_lens":
         from mechattr.models.lens_boot import lens_model
 
@@ -111,6 +102,7 @@ def _hooked(
     attention: str,
     revision: str | None,
     family: Family | None,
+    device_map: Any = None,
 ) -> Any:
     if hasattr(source, "run") and hasattr(source, "sites"):
         _no_settings(device=device, dtype=dtype, tokenizer=tokenizer, family=family)
@@ -122,9 +114,9 @@ def _hooked(
         raise SettingError(f"a {type(source).__name__} on this backend", "TransformerLens has rewritten the model", fix)
     if isinstance(source, torch.nn.Module):
         _no_settings(device=device, dtype=dtype)
-        found = _tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+        found = read_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
         return HookedHF(source, found, revision=revision, family=family)
-    return _from_files(str(source), tokenizer, device, dtype, attention, revision, family)
+    return _from_files(str(source), tokenizer, device, dtype, attention, revision, family, device_map)
 
 
 def _traced(
@@ -135,11 +127,11 @@ def _traced(
 
     nnsight_remote.check_remote(source, remote)
     family = settings.pop("family")
-    found = _tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+    found = read_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
     if hasattr(source, "_module") or remote is True:
         _no_settings(**settings)
         if isinstance(source, str):
-            found = found or _tokenizer(source, revision)
+            found = found or read_tokenizer(source, revision)
             source = nnsight_remote.on_server(source, found, revision, attention)
         return HookedNNsight(source, found, revision=revision, remote=remote, family=family)
     bare = _hooked(source, found, settings["device"], settings["dtype"], attention, revision, family)
@@ -161,6 +153,18 @@ def dtype_of(dtype: str | torch.dtype) -> torch.dtype:
     return DTYPES[dtype]
 
 
+def _check_spread(source: Any, backend: str, device: Any) -> None:
+    if backend != "hf":
+        found, fix = f"only backend='hf' spreads a model, this is {backend!r}", "leave device_map out"
+    elif device is not None:
+        found, fix = f"device={device!r} as well, which is one device for all", "give one of the two"
+    elif not isinstance(source, str | Path):
+        found, fix = "a model that is loaded already", "load it with a device_map by transformers, and give it as it is"
+    else:
+        return
+    raise SettingError("load with device_map", found, fix)
+
+
 def _no_settings(**settings: Any) -> None:
     given = [name for name, value in settings.items() if value is not None]
     if given:
@@ -171,30 +175,6 @@ def _no_settings(**settings: Any) -> None:
         )
 
 
-def _tokenizer(source: str, revision: str | None = None) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(source, revision=revision)
-    except (OSError, ValueError, KeyError) as error:
-        raise UnknownModelError(
-            f"the tokenizer {source!r}", _first_line(error), "give tokenizer=, a tokenizer object, a folder or a name"
-        ) from error
-
-
-def _processor(source: str, revision: str | None) -> Any:
-    from transformers import AutoProcessor
-
-    try:
-        return AutoProcessor.from_pretrained(source, revision=revision)
-    except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:  # the last two: without torchvision
-        fix = (
-            "give tokenizer=, a processor, or a tokenizer for texts alone; processors of videos need the torchvision "
-            "that belongs to this torch"
-        )
-        raise UnknownModelError(f"the processor of {source!r}", _first_line(error), fix) from error
-
-
 def _from_files(
     source: str,
     tokenizer: Any,
@@ -203,104 +183,24 @@ def _from_files(
     attention: str,
     revision: str | None,
     family: Family | None,
+    device_map: Any,
 ) -> Any:
     from mechattr.models.hf import HookedHF
 
-    folder = str(bundled_path(source) if source in BUNDLED else Path(source).expanduser() if _local(source) else source)
-    model = _weights(source, folder, dtype, attention, revision, family).eval().requires_grad_(False)
+    folder = str(
+        bundled_path(source) if source in BUNDLED else Path(source).expanduser() if is_local(source) else source
+    )
+    model = read_weights(source, folder, dtype, attention, revision, family, device_map).eval().requires_grad_(False)
     if device is not None:
         try:
             model = model.to(device)
         except (RuntimeError, AssertionError) as error:
             fix = "use a device that torch has here"
-            raise SettingError(f"device {str(device)!r}", _first_line(error), fix) from error
+            raise SettingError(f"device {str(device)!r}", first_line(error), fix) from error
     row = family or FAMILIES.get(model.config.model_type)
     if tokenizer is None and row is not None and row.language is not None:
-        tokenizer = _processor(folder, revision)
+        tokenizer = read_processor(folder, revision)
     elif tokenizer is None or isinstance(tokenizer, str):
-        tokenizer = _tokenizer(tokenizer or folder, revision if tokenizer is None else None)
+        tokenizer = read_tokenizer(tokenizer or folder, revision if tokenizer is None else None)
     name = source if source in BUNDLED else Path(folder).name
     return HookedHF(model, tokenizer, name=name, revision=revision, family=family)
-
-
-def _weights(
-    source: str,
-    folder: str,
-    dtype: torch.dtype | None,
-    attention: str,
-    revision: str | None,
-    family: Family | None,
-) -> Any:
-    import transformers
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
-
-    from mechattr.models.architectures import family_of
-
-    complete = "a model folder needs config.json and model.safetensors, saved with save_pretrained"
-    if _local(source):
-        _check_folder(source, folder)
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, revision=revision)
-    except (OSError, ValueError, StrictDataclassError) as error:
-        fix = complete if _local(source) else f"bundled: {', '.join(BUNDLED)}; else give a folder or a hub name"
-        raise UnknownModelError(f"model {source!r}", _first_line(error), fix) from error
-    if family is None:  # one without a row is looked at once it is loaded
-        family = family_of(config)[1] if config.model_type in FAMILIES else Family()
-    auto = getattr(transformers, family.auto)
-    fused = family.experts is not None and dtype == torch.float64  # transformers' fused experts have no float64
-    try:
-        with _no_bar(source):
-            model, report = auto.from_pretrained(
-                folder,
-                dtype=dtype or "auto",
-                attn_implementation=attention,
-                revision=revision,
-                use_safetensors=True,
-                output_loading_info=True,
-                **({"experts_implementation": "eager"} if fused else {}),
-            )
-    except (OSError, SafetensorError, RuntimeError, KeyError) as error:  # also a config that does not fit the weights
-        raise UnknownModelError(f"the weights of {source!r}", _first_line(error), complete) from error
-    except (ValueError, ImportError) as error:  # an attention implementation that the family or machine does not have
-        raise SettingError(f"attention={attention!r} for {source!r}", _first_line(error), "use 'eager'") from error
-    if report["missing_keys"]:  # transformers would leave them random
-        missing = sorted(report["missing_keys"])
-        found = f"{len(missing)} are missing, such as {missing[0]}"
-        raise UnknownModelError(f"the weights of {source!r}", found, complete)
-    return model
-
-
-@contextmanager
-def _no_bar(source: str) -> Iterator[None]:
-    """transformers' bars stay away from logs, and from the bundled model, which loads at once."""
-    from transformers.utils import logging
-
-    if source not in BUNDLED and sys.stderr.isatty():
-        yield
-        return
-    before = logging.set_tqdm_hook(lambda make, args, settings: make(*args, **{**settings, "disable": True}))
-    try:
-        yield
-    finally:
-        logging.set_tqdm_hook(before)
-
-
-def _local(source: str) -> bool:
-    return source.startswith((".", "~", os.sep)) or Path(source).exists()
-
-
-def _check_folder(source: str, folder: str) -> None:
-    path, fix = Path(folder), "give a folder with config.json and model.safetensors"
-    if not (path / "config.json").is_file():
-        found = ", ".join(sorted(p.name for p in path.iterdir())[:8]) if path.is_dir() else "no such folder"
-        raise UnknownModelError(f"model folder {source!r}", found or "an empty folder", fix)
-    try:
-        json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        found = f"config.json is not JSON ({error})"
-        raise UnknownModelError(f"model folder {source!r}", found, "save the model again") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from mechattr.models.placement import stored
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -21,6 +23,11 @@ class Norm:
     weight: Float[Tensor, " d_model"]
     bias: Float[Tensor, " d_model"] | None
     eps: float
+
+    def to(self, device: torch.device) -> Norm:
+        """The same norm on another device."""
+        bias = None if self.bias is None else self.bias.to(device)
+        return replace(self, weight=self.weight.to(device), bias=bias)
 
     def centre(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
         """c."""
@@ -46,7 +53,7 @@ def norm_of(module: nn.Module, like: Tensor) -> Norm:
 
     `like` says where ones are, the weight of a norm that has none.
     """
-    bias: Tensor | None = getattr(module, "bias", None)
+    bias = stored(module, "bias")
     return Norm(
         _is_centred(module),
         norm_weight(module, like).detach(),
@@ -76,7 +83,7 @@ def _centred(module: nn.Module, x: Tensor) -> Tensor:
 
 def norm_weight(module: Any, like: Tensor) -> Float[Tensor, " d_model"]:
     """The factor that a norm truly applies: Gemma and Nemotron store it minus one, and OLMo has none."""
-    weight: Tensor | None = getattr(module, "weight", None)
+    weight = stored(module, "weight")
     if weight is None:
         return like.new_ones(module.normalized_shape)
     name = type(module).__name__
@@ -91,5 +98,5 @@ def norm_scale(module: nn.Module, x: Float[Tensor, "... d_model"]) -> Float[Tens
 def normalise(module: nn.Module, x: Float[Tensor, "... d_model"], scale: Float[Tensor, "..."]) -> Tensor:
     """c / scale * weight + bias: linear in the input when the scale is held fixed."""
     y = _centred(module, x) / scale[..., None] * norm_weight(module, x)
-    bias = getattr(module, "bias", None)
+    bias = stored(module, "bias")
     return y if bias is None else y + bias

@@ -30,7 +30,7 @@ def selfcheck(model: HookedHF | HookedNNsight) -> None:
         SelfCheckError: a site does not fire, has another shape, or overwriting the pattern does not act; or attention
             with taps in it is not the model's own.
     """
-    ids = torch.arange(5, device=model.model.device)[None] % model.info.d_vocab
+    ids = torch.arange(5, device=model.device)[None] % model.info.d_vocab
     batch = Batch.of(ids[:, :4])
     if model.info.n_encoder_layers:
         batch = replace(batch, source=Batch.of(ids))

@@ -122,7 +122,11 @@ class Taps:
         return not self.names.isdisjoint(names)
 
     def __call__(self, name: str, x: Tensor) -> Tensor:
-        """What goes on from a site: first through its dictionary, then its edits."""
+        """What goes on from a site: first through its dictionary, then its edits. Where a model is spread over devices,
+        all of that happens beside the tokens, and so are recordings, gradients and the values of edits there."""
+        home = self.frame.queries.device
+        if x.device != home:
+            return self(name, x.to(home)).to(x.device)
         if name in self.active:
             x = self._through(name, x)
         x = self._pass(name, x)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from mechattr.errors import UnknownNameError, nearest
 from mechattr.models import fused
 from mechattr.models.norms import norm_weight
+from mechattr.models.placement import stored
 
 if TYPE_CHECKING:
     from mechattr.models.anatomy import Anatomy
@@ -34,7 +35,7 @@ END_NAMES = ("embed.W_E", "pos_embed.W_pos", "ln_final.w", "ln_final.b", "unembe
 
 def matrix(module: Any) -> Tensor:
     """The weight of a Linear or a Conv1D as [in, out]."""
-    weight: Tensor = module.weight
+    weight = _table(module)
     return weight if type(module).__name__ == "Conv1D" else weight.T
 
 
@@ -66,12 +67,15 @@ class Hasher:
         self._state: list[tuple[str, int, int]] = []
         self._digest = ""
 
-    def __call__(self, tensors: Mapping[str, Tensor]) -> str:
+    def __call__(self, tensors: Mapping[str, Tensor], read: Callable[[str], Tensor | None] | None = None) -> str:
+        """`read` gives the value of a tensor that is offloaded, of which a change goes unseen."""
         state = [(name, tensors[name].data_ptr(), tensors[name]._version) for name in sorted(tensors)]
         if state != self._state:
             digest = hashlib.sha256()
             for name, *_ in state:
-                tensor = tensors[name].detach().cpu().contiguous()
+                value = read(name) if read is not None and tensors[name].is_meta else tensors[name]
+                assert value is not None
+                tensor = value.detach().cpu().contiguous()
                 digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
                 digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
             self._state, self._digest = state, digest.hexdigest()
@@ -82,12 +86,12 @@ def _end(name: str, anatomy: Anatomy, head: Any) -> Tensor | None:
     ends = anatomy.ends
     if name == "embed.W_E":
         embed: Any = ends["embed"]
-        table: Tensor = embed.weight
+        table = _table(embed)
         own = torch.as_tensor(getattr(embed, "embed_scale", 1.0), dtype=table.dtype, device=table.device)
         return _times(table, anatomy.factors.embed * own)
     if name == "pos_embed.W_pos" and "pos_embed" in ends:
         positions: Any = ends["pos_embed"]
-        return positions.weight[getattr(positions, "offset", anatomy.family.position_offset) :]
+        return _table(positions)[getattr(positions, "offset", anatomy.family.position_offset) :]
     if name in ("ln_final.w", "ln_final.b") and "final" in ends:
         return _norm(ends["final"], name[-1], anatomy)
     if name == "unembed.W_U" and head is not None:
@@ -151,12 +155,17 @@ def _times(x: Tensor, factor: float | Tensor) -> Tensor:
 
 
 def _norm(module: nn.Module, short: str, anatomy: Anatomy) -> Tensor:
-    embed: Any = anatomy.ends["embed"]
-    weight = norm_weight(module, embed.weight)
-    bias: Tensor | None = getattr(module, "bias", None)
+    weight = norm_weight(module, _table(anatomy.ends["embed"]))
+    bias = stored(module, "bias")
     return weight if short == "w" else (torch.zeros_like(weight) if bias is None else bias)
 
 
+def _table(module: nn.Module) -> Tensor:
+    weight = stored(module, "weight")
+    assert weight is not None  # modules of these parts have one
+    return weight
+
+
 def _bias(module: Any) -> Tensor:
-    bias: Tensor | None = module.bias
+    bias = stored(module, "bias")
     return matrix(module).new_zeros(matrix(module).shape[-1]) if bias is None else bias

@@ -33,7 +33,7 @@ from mechattr.models import (
     plain_model,
 )
 from mechattr.models.architectures import FAMILIES, table
-from mechattr.models.load import bundled_path
+from mechattr.models.files import bundled_path
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,250 @@
+"""Models whose weights are elsewhere: on another device, on two, in files; and those that cannot be hooked for it."""
+
+from __future__ import annotations
+
+import copy
+import os
+import socket
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import families
+import pytest
+import torch
+import transformers as tf
+from accelerate import dispatch_model
+from contract_cases import CASES, Case, call
+from devices import ONE, TWO, Pretended, moved
+from patching_cases import pairs_task
+
+import mechattr as ma
+from mechattr.errors import SettingError, UnsupportedModelError
+from mechattr.models import Batch, HookedHF
+from mechattr.models.base import Start
+from mechattr.models.edits import Edit
+from mechattr.models.operators import Add, Set, Zero
+from mechattr.models.rules import Rules
+from mechattr.models.small import small_model
+from mechattr.models.taps import Taps
+
+# one of each way to be built: rotary, learned positions, a norm and experts with weights of their own, an adapter,
+# an encoder beside the decoder
+BUILDS = ("llama", "gpt2", "gemma2", "mixtral", "gpt_oss", "bloom", "bert", "t5")
+
+
+def spread(family: str) -> Any:
+    """A small model whose first block and embeddings are on one device, and everything else on another; a head that
+    shares the embedding's weight is with it."""
+    model: Any = copy.deepcopy(small_model(family))
+    blocks = [name for name, _ in model.named_modules() if name.rpartition(".")[2].isdigit()]
+    blocks = [name for name in blocks if not any(name.startswith(f"{other}.") for other in blocks)]
+    on = {name: ONE if name.endswith(".0") else TWO for name in blocks}
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings().weight
+    shared = {id(p) for p in head.parameters()} if head.weight is embedding else set()
+    for name, module in model.named_modules():
+        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        if own and not any(name.startswith(f"{block}.") for block in blocks):
+            first = not shared.isdisjoint(map(id, own)) or "embeddings" in name
+            first |= isinstance(module, torch.nn.Embedding)
+            on[name] = ONE if first else TWO
+    return dispatch_model(model, on, main_device=ONE)
+
+
+@cache
+def model_on(place: str, family: str = "llama") -> HookedHF:
+    """The same small model on the host, on one other device, or spread over two."""
+    if place == "two":
+        return HookedHF(spread(family))
+    model = copy.deepcopy(small_model(family))
+    return HookedHF(moved(model, ONE) if place == "one" else model)
+
+
+def everything(model: HookedHF, batch: Batch) -> dict[str, torch.Tensor]:
+    """Runs of every kind, on the host."""
+    batch, sites, found = batch.to(model.device), model.sites(), {}
+    run = model.run(batch, record=sites, metric=families.probe, gradients=sites)
+    found |= {f"at {name}": x.values for name, x in run.activations.items()}
+    found |= {f"to {name}": x.values for name, x in run.gradients.items()}
+    found |= {"logits": run.logits, "metric": run.metric}
+    edits = [Edit("z", Zero(), layers=[1], heads=[1], positions=[-1]), Edit("resid_post", Add(torch.ones(1)), rows=[0])]
+    edits += [Edit("pattern", Set(run.activations), layers=[1])] * (not model.info.n_encoder_layers)
+    found["edited"] = model.run(batch, edits=edits).logits
+    rules = Rules.gim() if not model.info.n_experts else Rules(norm="frozen", temperature=2.0)
+    ruled = model.run(batch, metric=families.probe, gradients="resid_pre", rules=rules, checkpoint=True)
+    found |= {f"ruled {name}": x.values for name, x in ruled.gradients.items()}
+    start = Start(1, run.activations["resid_pre", 1].values * 1.1)
+    found["started"] = model.run(batch, start=start).logits
+    for name in ("blocks.1.attn.W_O", "blocks.1.attn.b_O", "blocks.1.ln1.w", "embed.W_E", "unembed.W_U"):
+        found[name] = model.weight(name)
+    assert {x.device for x in found.values()} == {model.device}  # everything comes out where the tokens went in
+    if not model.info.encoder:
+        found["generated"] = model.generate(batch, edits=edits[:1], max_new_tokens=4, do_sample=False).tokens
+    return {name: x.cpu() for name, x in found.items()}
+
+
+@pytest.mark.parametrize("family", BUILDS)
+def test_a_model_on_two_devices_is_the_model_on_one(family: str) -> None:
+    with Pretended():
+        here, there = model_on("host", family), model_on("two", family)
+        assert {str(p.device) for p in there.model.parameters()} == {"cpu:1", "cpu:2"}
+        batch = families.batch_of(family, families.tokens())
+        expected, found = everything(here, batch), everything(there, batch)
+    assert found.keys() == expected.keys()
+    for name, x in expected.items():
+        # the same bits; copies on the way back change the order in which a gradient of several parts is added up
+        rounding = 2e-6 * float(x.abs().max()) if name.startswith(("to ", "ruled ")) else 0
+        torch.testing.assert_close(found[name], x, rtol=0, atol=rounding, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("place", [pytest.param("one", marks=pytest.mark.slow), "two"])  # slow: a part of the other
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_a_method_gives_on_every_device_what_it_gives_on_the_host(case: Case, place: str) -> None:
+    with Pretended():
+        here, there = (call(case, model, pairs_task(model)) for model in (model_on("host"), model_on(place)))
+        assert there.settings == here.settings
+        for name, table in here.tensors.items():
+            torch.testing.assert_close(there.tensors[name].values.cpu(), table.values, rtol=0, atol=0, equal_nan=True)
+
+
+def test_pretended_devices_refuse_what_devices_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Pretended():
+        for wrong in (lambda: torch.ones(2, device=ONE) + torch.ones(2), lambda: torch.ones(2, device=ONE).numpy()):
+            with pytest.raises((RuntimeError, TypeError), match="device"):
+                wrong()
+        assert (torch.ones(2, device=ONE).to(TWO) + 1).device == TWO
+        model = model_on("two")
+        batch = Batch.of(families.tokens())
+        with pytest.raises(SettingError, match=r"tokens on cpu, model on cpu:1\n  fix: .*batch.to\(device\)"):
+            model.run(batch)
+        # sites that are tapped where their block is: what comes out lies on two devices, and a method mixes them
+        monkeypatch.setattr(Taps, "__call__", Taps._pass)
+        with pytest.raises(RuntimeError, match="on the same device"):
+            call(CASES["attribution_patching"], model, pairs_task(model))
+
+
+# -- weights in files
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    small_model("llama").save_pretrained(path)
+    families.tokenizer().save_pretrained(path)
+    return path
+
+
+PARTS = ("model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head")
+MAPS = {
+    "block": dict.fromkeys(PARTS, "cpu") | {"model.layers.1": "disk"},
+    "whole": dict.fromkeys(PARTS, "disk"),
+}
+
+
+@pytest.mark.parametrize("which", MAPS)
+def test_a_model_with_weights_on_disk_is_the_model_in_memory(folder: Path, which: str) -> None:
+    there: Any = ma.load(folder, device_map=MAPS[which])
+    away = {name for name, p in there.model.named_parameters() if p.is_meta}
+    assert away
+    batch = Batch.of(families.tokens())
+    expected, found = everything(model_on("host"), batch), everything(there, batch)
+    for name, x in expected.items():
+        torch.testing.assert_close(found[name], x, rtol=0, atol=0, msg=lambda m, n=name: f"{n}: {m}")  # the same bits
+    assert there.fingerprint()["weight_hash"] == model_on("host").fingerprint()["weight_hash"]
+    assert there.norm("ln_final").weight.equal(model_on("host").norm("ln_final").weight)
+    assert {name for name, p in there.model.named_parameters() if p.is_meta} == away  # what was read is let go
+    task = pairs_task(there)
+    for name in ("attribution_patching", "edge_attribution"):
+        here, scores = (call(CASES[name], model, task) for model in (model_on("host"), there))
+        for kind, table in here.tensors.items():
+            torch.testing.assert_close(scores.tensors[kind].values, table.values, rtol=0, atol=0, equal_nan=True)
+
+
+def test_weights_on_the_meta_device_are_what_is_seen_without_reading_them(folder: Path) -> None:
+    there: Any = ma.load(folder, device_map=MAPS["block"])
+    assert there.model.model.layers[1].self_attn.o_proj.weight.is_meta
+    assert there.weight("blocks.1.attn.W_O").equal(model_on("host").weight("blocks.1.attn.W_O"))
+
+
+def test_load_refuses_maps_that_do_not_fit(folder: Path) -> None:
+    wrong: dict[str, tuple[dict[str, Any], str]] = {
+        "word": ({"device_map": "nonsense"}, r"device_map='nonsense'.*found nonsense.*\n  fix: use 'auto'"),
+        "part": ({"device_map": {"model.norm": "disk"}}, "does not give any device for .*embed_tokens"),
+        "both": ({"device_map": "auto", "device": "cpu"}, "device='cpu' as well, which is one device for all"),
+        "plain": ({"device_map": "auto", "backend": "plain"}, "only backend='hf' spreads a model, this is 'plain'"),
+    }
+    if not torch.cuda.is_available():
+        wrong["cuda"] = ({"device_map": {"": "cuda:0"}}, "(?i)cuda")
+    for settings, text in wrong.values():
+        with pytest.raises(SettingError, match=f"(?s){text}"):
+            ma.load(folder, **settings)
+    with pytest.raises(SettingError, match="a model that is loaded already\n  fix: load it with a device_map by trans"):
+        ma.load(small_model("gpt2"), device_map="auto")
+
+
+# -- what cannot be hooked
+
+
+def test_models_that_this_process_cannot_read_are_refused() -> None:
+    class Coded(torch.nn.Linear):
+        """A linear map whose weight is kept in eight bits."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.linear(x, self.weight.to(x.dtype) / 64, self.bias)
+
+    def coded(model: Any) -> None:
+        layer = Coded(24, 24, bias=False)
+        layer.weight = torch.nn.Parameter(torch.ones(24, 24, dtype=torch.int8), requires_grad=False)
+        model.model.layers[0].self_attn.o_proj = layer
+
+    def configured(model: Any) -> None:
+        model.config.quantization_config = {"quant_method": "awq"}
+
+    def parallel(model: Any) -> None:
+        model._tp_size = 2
+
+    def empty(model: Any) -> None:
+        model.lm_head.to("meta")
+
+    reasons = {
+        coded: r"quantised \(int8\): .* would be codes\n  fix: load the unquantised model with dtype='bfloat16', or",
+        configured: r"quantised \(by its config\)",
+        parallel: "each process holds some of its heads\n  fix: load it in one process with device_map='auto'",
+        empty: "lm_head.weight is on the meta device, without a value anywhere",
+    }
+    for change, text in reasons.items():
+        model = copy.deepcopy(small_model("llama"))
+        change(model)
+        with pytest.raises(UnsupportedModelError, match=f"(?s)a hooked LlamaForCausalLM.*{text}"):
+            ma.load(model)
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def _one_of_two(rank: int, port: int, folder: str) -> None:
+    """A process that holds half of a tensor-parallel model."""
+    from transformers.distributed import DistributedConfig
+
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ |= {"WORLD_SIZE": "2"}
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    try:
+        split = DistributedConfig(tp_size=2)
+        model = tf.AutoModelForCausalLM.from_pretrained(folder, distributed_config=split, attn_implementation="eager")
+        ids = families.tokens()
+        with torch.no_grad():  # it is the model, in parallel
+            torch.testing.assert_close(model.eval()(ids).logits, small_model("llama")(ids).logits)
+        with pytest.raises(UnsupportedModelError, match="each process holds some of its heads"):
+            ma.load(model)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow  # two processes that each import everything
+def test_a_tensor_parallel_model_is_refused_in_each_process(folder: Path) -> None:
+    torch.multiprocessing.spawn(_one_of_two, (_free_port(), str(folder)), 2)
