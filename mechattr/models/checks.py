@@ -2,30 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
-from mechattr.errors import SettingError, UnsupportedFeatureError, UnsupportedModelError
+from mechattr.errors import SettingError, UnsupportedFeatureError
 from mechattr.models.base import Batch, ModelInfo, Start
 from mechattr.models.images import marked
 from mechattr.models.rules import Rules
-
-
-def check_weights(model: Any) -> None:
-    """Whether the weights of a transformers model are numbers that can be read.
-
-    Raises:
-        UnsupportedModelError: a quantised model.
-    """
-    whole = [name for name, x in model.named_parameters() if not x.is_floating_point()]
-    if whole or getattr(model, "is_quantized", False):
-        found = "quantised weights" + (f", such as {whole[0]}" if whole else "")
-        raise UnsupportedModelError(
-            f"a hooked {type(model).__name__}",
-            f"{found}: methods read weights as numbers, and its gradients are those of another function",
-            "load it in bfloat16, or dequantise it first (model.dequantize())",
-        )
 
 
 def check_batch(batch: Batch, info: ModelInfo, device: torch.device) -> None:

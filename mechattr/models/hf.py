@@ -16,7 +16,7 @@ from mechattr.models import cross, vision, weights
 from mechattr.models import tokenize as text
 from mechattr.models.anatomy import locate
 from mechattr.models.base import AttentionForm, Batch, Generation
-from mechattr.models.checks import check_batch, check_room, check_weights
+from mechattr.models.checks import check_batch, check_room
 from mechattr.models.describe import describe
 from mechattr.models.dictionary import hash_of
 from mechattr.models.discovery import row_of
@@ -74,7 +74,6 @@ class HookedHF(Running):
             raise UnsupportedModelError(
                 f"a hooked {type(model).__name__}", "it has no config", "give a transformers model, or a plain one"
             )
-        check_weights(model)
         self.processor = tokenizer if hasattr(tokenizer, "image_processor") else None
         self.model, self.tokenizer = model, tokenizer if self.processor is None else self.processor.tokenizer
         self._weight_hash = weights.Hasher()

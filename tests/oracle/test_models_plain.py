@@ -113,64 +113,6 @@ def test_softcap_and_window_equal_transformers(family):
                 assert (changed(batch.tokens).logits - own).abs().max() > 1e-3
 
 
-def attention_by_hand(model, x, layer):
-    """q, k, v from a norm's output, by the named weights alone."""
-    w = {which: model.weight(f"blocks.{layer}.attn.W_{which}") for which in "QKV"}
-    b = {which: model.weight(f"blocks.{layer}.attn.b_{which}") for which in "QKV"}
-    return {which.lower(): torch.einsum("bpm,hmd->bphd", x, w[which]) + b[which] for which in "QKV"}
-
-
-@pytest.mark.parametrize("family", families.FAMILIES)
-def test_named_weights_reproduce_the_parts_of_a_block(family):
-    model, batch, p = families.hooked(family), Batch.of(families.tokens()), "blocks.1."
-    seen = {n: x.values for n, x in model.run(batch, record=model.sites()).activations.items()}
-    enters = p + "ln1.hook_out" if p + "ln1.hook_out" in seen and not model.info.post_norm else p + "hook_resid_pre"
-    for name, x in attention_by_hand(model, seen[enters], 1).items():
-        found = seen[f"{p}attn.hook_{name}"]
-        close(x, found, 1e-5)  # float32, here and below
-    result = torch.einsum("bphd,hdm->bphm", seen[p + "attn.hook_z"], model.weight(p + "attn.W_O"))
-    close(result, seen[p + "attn.hook_result"], 1e-5)
-    if family not in ("gemma2", "gemma3", "olmo2"):  # a norm follows
-        close(result.sum(2) + model.weight(p + "attn.b_O"), seen[p + "hook_attn_out"], 1e-5)
-    middle = p + "ln2.hook_out"
-    if model.info.post_norm or (model.info.parallel and middle not in seen):  # one norm that attention and MLP share
-        middle = p + "ln1.hook_out"
-    elif middle not in seen:
-        middle = p + "hook_resid_mid"
-    pre = seen[middle] @ model.weight(p + ("mlp.W_gate" if model.info.gated else "mlp.W_in"))
-    pre = pre + model.weight(p + ("mlp.b_gate" if model.info.gated else "mlp.b_in"))
-    close(pre, seen[p + "mlp.hook_pre"], 1e-5)
-    post = families.activation(family)(pre)
-    if model.info.gated:
-        linear = seen[middle] @ model.weight(p + "mlp.W_in") + model.weight(p + "mlp.b_in")
-        close(linear, seen[p + "mlp.hook_pre_linear"], 1e-5)
-        post = post * linear
-    close(post, seen[p + "mlp.hook_post"], 1e-5)
-    if family not in ("gemma2", "gemma3", "olmo2"):
-        close(post @ model.weight(p + "mlp.W_out") + model.weight(p + "mlp.b_out"), seen[p + "hook_mlp_out"], 1e-5)
-    close(model.weight("embed.W_E")[batch.tokens], seen["hook_embed"], 1e-5)
-    if "hook_pos_embed" in seen:
-        close(model.weight("pos_embed.W_pos")[:7].expand(3, -1, -1), seen["hook_pos_embed"], 1e-5)
-    if not model.info.encoder:  # BERT's head has a layer of its own
-        logits = seen["ln_final.hook_out"] @ model.weight("unembed.W_U") + model.weight("unembed.b_U")
-        cap = getattr(model.config, "final_logit_softcapping", None)
-        close(logits if cap is None else cap * torch.tanh(logits / cap), model.run(batch).logits, 1e-5)
-
-
-@pytest.mark.parametrize("family", families.FAMILIES)
-def test_named_norms_reproduce_the_norms(family):
-    model, batch = families.hooked(family), Batch.of(families.tokens())
-    if "ln_final.hook_out" not in model.sites():
-        return
-    seen = model.run(batch, record=("resid_post", "ln_final", "ln_final_scale")).activations
-    x = seen["resid_post", 1].values
-    x = x - x.mean(-1, keepdim=True) if model.info.norm == "layer" else x
-    scale = seen["ln_final_scale"].values[..., None]
-    close((x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt(), scale, 1e-4)  # eps is 1e-5 or 1e-6
-    by_hand = x / scale * model.weight("ln_final.w") + model.weight("ln_final.b")
-    close(by_hand, seen["ln_final"].values, 1e-5)  # float32
-
-
 def test_unknown_weights_are_refused():
     for model in (families.hooked("gpt2"), plain_model(PlainConfig())):
         for name in ("blocks.0.attn.W_X", "blocks.9.attn.W_Q", "W_E"):

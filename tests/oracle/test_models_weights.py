@@ -32,8 +32,8 @@ def faults(model: HookedHF, weight: Weights | None = None) -> dict[str, float]:
         seen = run.activations[short if layer is None else (short, layer)].values
         found[short if layer is None else f"{short} {layer}"] = float((seen - wanted).abs().max())
 
+    check("embed", w("embed.W_E")[batch.tokens])
     if not info.encoder:
-        check("embed", w("embed.W_E")[batch.tokens])
         norm, last = model.norm("ln_final"), run.activations["resid_post", info.n_layers - 1].values
         assert norm is not None
         check("ln_final", norm.centre(last) / norm.scale(last)[..., None] * w("ln_final.w") + w("ln_final.b"))
@@ -66,7 +66,7 @@ def faults(model: HookedHF, weight: Weights | None = None) -> dict[str, float]:
             continue
         read = at["ln1"] if info.post_norm else at.get("ln2", at["ln1"] if info.parallel else stream)
         for short, part in (("mlp_pre", "gate" if info.gated else "in"), ("mlp_pre_linear", "in")):
-            if short in at and not info.post_norm:
+            if short in at:
                 check(short, read @ w(f"{p}mlp.W_{part}") + w(f"{p}mlp.b_{part}"), layer)
         if not info.write_norm:
             check("mlp_out", at["mlp_post"] @ w(p + "mlp.W_out") + w(p + "mlp.b_out"), layer)

@@ -217,11 +217,24 @@ NOT_FINITE = {
 }
 
 
+# Gradient methods keep finished blocks of an executor only (tests/unit/test_spread.py).
+BLOCKS = ("attribution_patching", "edge_attribution")
+SWEPT = {name: c for name, c in CASES.items() if "resume" in signature(c) and c.method not in BLOCKS}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_resuming_without_blocks_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(SettingError) as error:
+        call(CASES[name], MODEL, TASK, resume=tmp_path / "journal")
+    assert message(error).endswith("| give an executor, such as 'inprocess', or leave resume out")
+    assert not (tmp_path / "journal").exists()
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_a_metric_that_is_not_finite_is_named(name: str, tmp_path: Path) -> None:
     """NaN in a result would say "not measured"."""
     task, case, journal = measured_by(lambda logits: logits[:, -1, 0] * math.nan), CASES[name], tmp_path / "journal"
-    how = {"resume": journal} if "resume" in signature(case) else {}
+    how = {"resume": journal} if name in SWEPT else {}
     with pytest.raises(NonFiniteError) as error:
         call(case, MODEL, task, **how)
     assert NOT_FINITE[name] in message(error)
@@ -292,7 +305,6 @@ def test_a_model_without_such_sites_says_which_it_has(case: Case) -> None:
 
 # Journals
 
-SWEPT = {name: case for name, case in CASES.items() if "resume" in signature(case)}
 SMALL: dict[str, dict[str, Any]] = {"missed_effect_bound": {"budget": 600}}  # a journal has a line for 128 samples
 
 

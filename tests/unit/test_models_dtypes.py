@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import families
-import pytest
 import torch
 from patching_cases import pairs_task
 
 import mechattr as ma
-from mechattr.errors import UnsupportedModelError
 from mechattr.models import HookedHF
 from mechattr.models.small import small_model
 
@@ -40,17 +37,3 @@ def _added(row: torch.Tensor) -> torch.Tensor:
     for x in row:
         total = total + x
     return total
-
-
-def test_a_quantised_model_is_refused() -> None:
-    model = small_model("gpt2")
-    weight = model.transformer.h[0].mlp.c_fc.weight
-    model.transformer.h[0].mlp.c_fc.weight = torch.nn.Parameter(weight.to(torch.int8), requires_grad=False)
-    text = "a hooked GPT2LMHeadModel\n  found: quantised weights, such as transformer.h.0.mlp.c_fc.weight: methods read"
-    with pytest.raises(UnsupportedModelError, match=text):
-        HookedHF(model)
-    other = small_model("gpt2")
-    other.is_quantized = True
-    with pytest.raises(UnsupportedModelError, match=r"found: quantised weights: methods read .*\n  fix: load it in"):
-        HookedHF(other)
-    assert families.hooked("gpt2").info.dtype == "float32"
