@@ -178,6 +178,8 @@ def models(
         raise typer.BadParameter("--family and --write need --verify")
     if write and family:
         raise typer.BadParameter("--write needs all families")
+    if write and (write.is_dir() or not write.parent.is_dir()):  # asked before, since measuring takes minutes
+        raise typer.BadParameter(f"--write {write}: give a file in a folder that exists")
     if verify:
         _verify(family or [], write, as_json)
         return

@@ -55,7 +55,7 @@ def diagnose() -> list[Finding]:
 
 
 def versions() -> Iterator[Finding]:
-    """The installed version of every requirement, against the range that mechattr declares."""
+    """The installed version of every requirement and of Ray, against the range that mechattr declares."""
     try:
         requirements = [Requirement(line) for line in metadata.requires("mechattr") or []]
     except metadata.PackageNotFoundError:
@@ -67,6 +67,8 @@ def versions() -> Iterator[Finding]:
     for requirement in requirements:
         if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
             yield check_version(requirement)
+        elif requirement.marker.evaluate({"extra": "ray"}):
+            yield check_extra(requirement)
 
 
 def check_version(requirement: Requirement) -> Finding:
@@ -78,6 +80,15 @@ def check_version(requirement: Requirement) -> Finding:
         return Finding(requirement.name, "not installed", f"pip install '{wanted}'")
     fits = requirement.specifier.contains(version, prereleases=True)
     return Finding(requirement.name, version, None if fits else f"pip install '{wanted}'")
+
+
+def check_extra(requirement: Requirement) -> Finding:
+    """The requirement of an extra: nothing is wrong where it is missing."""
+    found = check_version(requirement)
+    if found.found != "not installed":
+        return found
+    name = requirement.name
+    return Finding(name, f"not installed, and needed by executor={name!r} only: pip install 'mechattr[{name}]'")
 
 
 def import_backends(backends: Mapping[str, str], timeout: float = 300.0) -> list[Finding]:

@@ -61,7 +61,8 @@ def _latents(model: Running, dictionaries: Sequence[Dictionary]) -> list[int]:
             raise SettingError(f"a dictionary at {d.host}", found, "read something that comes before")
     names = {name for d in dictionaries for name in (d.host, d.read)}
     tokens = torch.arange(2, device=model.weight("embed.W_E").device)[None] % model.info.d_vocab
-    seen = model.run(Batch.of(tokens), record=tuple(names)).activations
+    source = Batch.of(tokens) if model.info.n_encoder_layers else None
+    seen = model.run(replace(Batch.of(tokens), source=source), record=tuple(names)).activations
     return [_fits(d, seen[d.read].values, seen[d.host].values) for d in dictionaries]
 
 

@@ -16,7 +16,7 @@ from mechattr.labelled import Labelled
 from mechattr.models.base import Batch, HookedModel
 from mechattr.models.edits import Edit
 from mechattr.models.operators import Place
-from mechattr.provenance import provenance
+from mechattr.provenance import JSON, provenance
 from mechattr.sites import expand, site_spec
 from mechattr.storage import ShardWriter
 
@@ -39,12 +39,9 @@ def record(model: HookedModel, batch: Batch, sites: str | Sequence[str]) -> Cach
     Cost:
         1 forward pass a row.
     """
-    activations = model.run(batch, record=sites).activations
-    return Cache(
-        activations.tensors,
-        settings={"sites": list(activations), "rows": len(batch)},
-        provenance=provenance({**asdict(model.info), **model.fingerprint()}, tokens=batch.content),
-    )
+    names = expand(sites, model.sites())
+    activations = model.run(batch, record=names).activations
+    return Cache(activations.tensors, settings=_settings(names, batch), provenance=_made(model, batch))
 
 
 def record_to(
@@ -78,9 +75,8 @@ def record_to(
     names = expand(sites, model.sites())
     if not names:
         raise SettingError("a recording", "no sites", "name sites, such as 'resid_post'")
-    settings = {"sites": list(names), "rows": len(batch)}
-    made = provenance({**asdict(model.info), **model.fingerprint()}, tokens=batch.tokens)
-    with ShardWriter(path, settings=settings, provenance=made, shard_bytes=shard_bytes) as writer:
+    said, made = _settings(names, batch), _made(model, batch)
+    with ShardWriter(path, settings=said, provenance=made, shard_bytes=shard_bytes) as writer:
         written: set[str] = set()
 
         def write(x: Tensor, place: Place) -> Tensor:
@@ -91,6 +87,14 @@ def record_to(
 
         model.run(batch, edits=[Edit(name, write) for name in names])
     return Cache.from_stored(storage.open(path), lazy=True)
+
+
+def _settings(names: Sequence[str], batch: Batch) -> dict[str, JSON]:
+    return {"sites": list(names), "rows": len(batch)}
+
+
+def _made(model: HookedModel, batch: Batch) -> dict[str, JSON]:
+    return provenance({**asdict(model.info), **model.fingerprint()}, tokens=batch.content)
 
 
 def check_belongs(artifact: Artifact, model: HookedModel) -> None:

@@ -288,6 +288,21 @@ def test_checkpointed_runs_give_the_same(kind: str) -> None:
         )  # float64, another order of sums
 
 
+@pytest.mark.parametrize("kind", ("t5", "bart"))
+def test_the_decoder_of_an_encoder_decoder_model(kind: str) -> None:
+    model, batch = families.hooked(kind, torch.float64), families.ragged_of(kind)
+    view = model.with_dictionaries([dictionary(model, "mlp_out", 1)])
+    sites = ("mlp_out_latents", "mlp_out_error", "cross_z")
+    run = view.run(batch, record=sites)
+    whole = [Edit(name, Set(run.activations[name, 1].values)) for name in view.sites() if "sae" in name]
+    assert torch.equal(run.logits, model.run(batch).logits)
+    again = view.run(batch, edits=whole).logits  # what was there, put there
+    real = batch.mask
+    torch.testing.assert_close(again[real], run.logits[real], rtol=0, atol=1e-9)  # float64 rounding
+    off = view.run(batch, edits=[Edit("mlp_out_latents", Scale(0.0))]).logits
+    assert float((off - run.logits)[real].abs().max()) > 1e-3  # control: they are part of the path
+
+
 def test_runs_leave_no_tensor_alive() -> None:
     model = model_of("gpt2")
     view, batch = everywhere(model), tokens(model)

@@ -221,6 +221,15 @@ def test_models_lists_the_families(capsys: Output) -> None:
     assert "gpt_neox" in capsys.readouterr().out
 
 
+def test_a_page_that_cannot_be_written_is_told_before_anything_is_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Output
+) -> None:
+    monkeypatch.setattr(cli, "_verify", lambda *_: pytest.fail("measured"))
+    for path in (tmp_path / "none" / "models.md", tmp_path):
+        assert run("models", "--verify", "--write", path) == 2
+        assert "give a file in a folder that exists" in capsys.readouterr().err
+
+
 def test_doctor_exits_with_1_when_something_is_wrong(monkeypatch: pytest.MonkeyPatch, capsys: Output) -> None:
     findings = [Finding("device", "cpu")]
     monkeypatch.setattr(doctor, "diagnose", lambda: findings)
@@ -249,6 +258,19 @@ def test_versions_cover_the_requirements_without_the_extras() -> None:
     assert topics[0] == "mechattr"
     assert {"torch", "transformers", "nnsight"} <= set(topics)
     assert "pytest" not in topics
+
+
+def test_of_the_extras_the_one_that_a_method_asks_for_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = ["typer>=0.1", 'ray>=2.40; extra == "ray"', 'pytest>=8; extra == "dev"']
+    monkeypatch.setattr(doctor.metadata, "requires", lambda _: lines)
+    monkeypatch.setattr(doctor.metadata, "version", lambda _: "2.50")
+    assert [finding.topic for finding in doctor.versions()] == ["mechattr", "typer", "ray"]
+    monkeypatch.undo()
+    assert doctor.check_extra(Requirement("no-such-library>=1")) == Finding(
+        "no-such-library",
+        "not installed, and needed by executor='no-such-library' only: pip install 'mechattr[no-such-library]'",
+    )
+    assert doctor.check_extra(Requirement("typer<0.1")).fix == "pip install 'typer<0.1'"
 
 
 def test_a_backend_that_does_not_import_says_why() -> None:
