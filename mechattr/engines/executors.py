@@ -71,7 +71,9 @@ class InProcess:
     nodes: int | None = None
 
     def __post_init__(self) -> None:
-        check_sizes(retries=(self.retries, 0), pairs=(self.pairs, 1), nodes=(self.nodes, 1))
+        check_sizes(retries=(self.retries, 0), pairs=(self.pairs, 1))
+        if self.nodes is not None:
+            check_sizes(nodes=(self.nodes, 1))
 
     def session(self) -> AbstractContextManager[None]:
         """There is nothing to keep."""
@@ -115,20 +117,21 @@ def executor_of(executor: str | Executor) -> Executor:
 
             return RayExecutor()
         raise UnknownNameError(f"executor {executor!r}", "no such executor", nearest(executor, NAMES))
-    if not isinstance(executor, Executor):
+    if isinstance(executor, type) or not isinstance(executor, Executor):
         fix = "give 'inprocess', 'ray', or an executor such as InProcess() or RayExecutor()"
-        raise SettingError(f"executor={executor!r}", f"a {type(executor).__name__}", fix)
+        found = f"the class {executor.__name__}" if isinstance(executor, type) else f"a {type(executor).__name__}"
+        raise SettingError(f"executor={executor!r}", found, fix)
     return executor
 
 
 def check_sizes(**sizes: tuple[object, int]) -> None:
-    """Checks counts, given as (value, least); `None` is allowed.
+    """Checks counts, given as (value, least).
 
     Raises:
         SettingError: no whole number, or one below the least.
     """
     for name, (value, least) in sizes.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise SettingError(f"an executor with {name}={value!r}", "no count", f"give a whole number from {least}")
 
 

@@ -61,8 +61,11 @@ class RayExecutor:
     nodes: int | None = None
 
     def __post_init__(self) -> None:
-        check_sizes(workers=(self.workers, 1), num_cpus=(self.num_cpus, 1), retries=(self.retries, 0))
-        check_sizes(pairs=(self.pairs, 1), nodes=(self.nodes, 1))
+        check_sizes(num_cpus=(self.num_cpus, 1), retries=(self.retries, 0), pairs=(self.pairs, 1))
+        check_sizes(**{name: (n, 1) for name in ("workers", "nodes") if (n := getattr(self, name)) is not None})
+        if self.address is not None and not isinstance(self.address, str):
+            fix = "give 'auto', 'host:port' or None"
+            raise SettingError(f"address={self.address!r}", f"a {type(self.address).__name__}", fix)
         if not isinstance(self.num_gpus, int | float) or not self.num_gpus >= 0:
             raise SettingError(
                 f"an executor with num_gpus={self.num_gpus!r}", "no share of a GPU", "give 0, 0.5, 1, ..."

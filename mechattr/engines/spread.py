@@ -106,7 +106,7 @@ def spread(
     listed = None if cut is None or chosen.nodes is None else (cut[0], cut[1]())
     work = Work(function, model, task, settings, listed)
     parts = work.parts(chosen)
-    journal = Journal(None if resume is None else Path(resume), _key(work, chosen))
+    journal = Journal(resume, _key(work, chosen))
     missing = [part for part in parts if part.number not in journal.done]
     with tqdm(total=len(parts), desc=function.__name__, disable=None if progress is None else not progress) as bar:
         bar.update(len(parts) - len(missing))

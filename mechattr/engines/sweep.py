@@ -32,7 +32,7 @@ class Journal:
         OutputExistsError: the journal belongs to other work, or the file is no journal.
     """
 
-    def __init__(self, path: Path | None, key: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path | str | None, key: Mapping[str, Any]) -> None:
         if path is not None and not isinstance(path, str | os.PathLike):
             fix = "give the path of a file, or None"
             raise SettingError(f"resume={path!r}", f"a {type(path).__name__}, no path", fix)

@@ -328,6 +328,7 @@ def test_a_result_survives_packing() -> None:
     (
         ("rya", UnknownNameError, "executor 'rya'\n.*\n.*did you mean 'ray'"),
         (3, SettingError, r"executor=3\n.*a int\n.*InProcess\(\) or RayExecutor\(\)"),
+        (InProcess, SettingError, r"executor=<class .*InProcess'>\n.*the class InProcess\n.*InProcess\(\)"),
     ),
 )
 def test_executors_that_are_none_are_refused(given: Any, error: type[Exception], text: str) -> None:
@@ -340,6 +341,8 @@ def test_executors_that_are_none_are_refused(given: Any, error: type[Exception],
     ("kind", "name", "value", "least"),
     (
         (InProcess, "pairs", 0, 1),
+        (InProcess, "pairs", None, 1),
+        (RayExecutor, "num_cpus", None, 1),
         (InProcess, "retries", True, 0),
         (RayExecutor, "workers", 0, 1),
         (RayExecutor, "nodes", 1.5, 1),
@@ -350,6 +353,14 @@ def test_numbers_that_are_no_counts_are_refused(kind: Any, name: str, value: Any
         kind(**{name: value})
     with pytest.raises(SettingError, match=r"num_gpus=-1\n.*no share of a GPU"):
         RayExecutor(num_gpus=-1)
+    with pytest.raises(SettingError, match=r"address=6379\n.*a int\n.*'auto', 'host:port' or None"):
+        RayExecutor(address=6379)  # type: ignore[arg-type]
+
+
+def test_a_journal_that_is_no_path_is_refused() -> None:
+    model = plain("gpt2_like")
+    with pytest.raises(SettingError, match="resume=7\n  found: a int, no path\n  fix: give the path of a file"):
+        ma.attribution_patching(model, pairs_task(model), executor="inprocess", resume=7)  # type: ignore[arg-type]
 
 
 def test_what_cannot_be_spread_is_refused() -> None:
