@@ -216,7 +216,7 @@ class HookedHF(Running):
                 arguments["attention_mask"] = batch.mask.long() if batch.padded else None
                 arguments["position_ids"] = vision.positions_of(self.model, batch, self._anatomy.family.position_offset)
             logits: Tensor = self.model(**arguments).logits
-        return logits
+        return logits.to(batch.device)
 
     def generate(self, batch: Batch, *, edits: Sequence[Edit] = (), **kwargs: Any) -> Generation:
         """transformers' `generate` under edits.
@@ -257,7 +257,7 @@ class HookedHF(Running):
             past = given.get("past_key_values")
             seen = 0 if past is None else int(past.get_seq_length())
             check_room(self.info, longest + seen + ids.shape[1] - batch.tokens.shape[1])
-            new = torch.arange(seen + ids.shape[1] - batch.tokens.shape[1], device=ids.device)
+            new = torch.arange(seen + ids.shape[1] - batch.tokens.shape[1], device=batch.device)
             keys = torch.cat([batch.positions, batch.lengths[:, None] + new], 1)
             keys = keys.repeat_interleave(len(ids) // len(batch), 0)
             taps.frame = replace(taps.frame, queries=keys[:, seen:], keys=keys)

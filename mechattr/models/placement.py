@@ -36,11 +36,6 @@ def runs_on(module: Any) -> torch.device:
     return device
 
 
-def is_spread(model: nn.Module) -> bool:
-    """Whether accelerate moves activations or weights between devices as the model runs."""
-    return any(hasattr(module, "_hf_hook") for module in model.modules())
-
-
 def check_whole(model: Any) -> None:
     """Whether this process can see and read every weight of a model.
 

@@ -98,7 +98,7 @@ def _end(name: str, anatomy: Anatomy, head: Any) -> Tensor | None:
         return _times(matrix(head), anatomy.factors.logits)
     if name == "unembed.b_U" and head is not None:
         own = _times(_bias(head), anatomy.factors.logits)
-        return own if anatomy.logit_bias is None else own + anatomy.logit_bias[0]
+        return own if anatomy.logit_bias is None else own + anatomy.logit_bias[0].to(own.device)
     return None
 
 

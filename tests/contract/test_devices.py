@@ -28,9 +28,9 @@ from mechattr.models.rules import Rules
 from mechattr.models.small import small_model
 from mechattr.models.taps import Taps
 
-# one of each way to be built: rotary, learned positions, a norm and experts with weights of their own, an adapter,
-# an encoder beside the decoder
-BUILDS = ("llama", "gpt2", "gemma2", "mixtral", "gpt_oss", "bloom", "bert", "t5")
+# of each way to be built one: plain, with experts, with attention of its own, with an encoder beside the decoder
+BUILDS = ("llama", "mixtral", "bloom", "t5")
+OTHERS = tuple(name for name in families.EVERY if name not in BUILDS)
 
 
 def spread(family: str) -> Any:
@@ -44,9 +44,10 @@ def spread(family: str) -> Any:
     shared = {id(p) for p in head.parameters()} if head.weight is embedding else set()
     for name, module in model.named_modules():
         own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-        if own and not any(name.startswith(f"{block}.") for block in blocks):
-            first = not shared.isdisjoint(map(id, own)) or "embeddings" in name
-            first |= isinstance(module, torch.nn.Embedding)
+        if any(block.startswith(name and f"{name}.") for block in blocks):  # around the blocks: what it has of its own
+            on |= {f"{name}.{n}".strip("."): ONE for n in (*module._parameters, *module._buffers)}
+        elif own and not any(name.startswith(f"{block}.") for block in blocks):
+            first = "embed" in name or isinstance(module, torch.nn.Embedding) or not shared.isdisjoint(map(id, own))
             on[name] = ONE if first else TWO
     return dispatch_model(model, on, main_device=ONE)
 
@@ -75,7 +76,7 @@ def everything(model: HookedHF, batch: Batch) -> dict[str, torch.Tensor]:
     found |= {f"ruled {name}": x.values for name, x in ruled.gradients.items()}
     start = Start(1, run.activations["resid_pre", 1].values * 1.1)
     found["started"] = model.run(batch, start=start).logits
-    for name in ("blocks.1.attn.W_O", "blocks.1.attn.b_O", "blocks.1.ln1.w", "embed.W_E", "unembed.W_U"):
+    for name in ("blocks.1.attn.W_O", "blocks.1.attn.b_O", "embed.W_E", "unembed.W_U"):
         found[name] = model.weight(name)
     assert {x.device for x in found.values()} == {model.device}  # everything comes out where the tokens went in
     if not model.info.encoder:
@@ -83,17 +84,18 @@ def everything(model: HookedHF, batch: Batch) -> dict[str, torch.Tensor]:
     return {name: x.cpu() for name, x in found.items()}
 
 
-@pytest.mark.parametrize("family", BUILDS)
+@pytest.mark.filterwarnings("ignore:The following device_map keys")  # names of weights, which are no modules
+@pytest.mark.parametrize("family", [*BUILDS, *(pytest.param(f, marks=pytest.mark.slow) for f in OTHERS)])  # slow: many
 def test_a_model_on_two_devices_is_the_model_on_one(family: str) -> None:
     with Pretended():
         here, there = model_on("host", family), model_on("two", family)
-        assert {str(p.device) for p in there.model.parameters()} == {"cpu:1", "cpu:2"}
+        assert {str(p.device) for p in there.model.parameters()} >= {"cpu:1", "cpu:2"}
         batch = families.batch_of(family, families.tokens())
         expected, found = everything(here, batch), everything(there, batch)
     assert found.keys() == expected.keys()
     for name, x in expected.items():
         # the same bits; copies on the way back change the order in which a gradient of several parts is added up
-        rounding = 2e-6 * float(x.abs().max()) if name.startswith(("to ", "ruled ")) else 0
+        rounding = 4e-6 * float(x.abs().max()) if name.startswith(("to ", "ruled ")) else 0
         torch.testing.assert_close(found[name], x, rtol=0, atol=rounding, msg=lambda m, n=name: f"{n}: {m}")
 
 
@@ -187,14 +189,14 @@ def test_load_refuses_maps_that_do_not_fit(folder: Path) -> None:
 
 def test_models_that_this_process_cannot_read_are_refused() -> None:
     class Coded(torch.nn.Linear):
-        """A linear map whose weight is kept in eight bits."""
+        """A linear map whose weight is kept in eight bits of floating point."""
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return torch.nn.functional.linear(x, self.weight.to(x.dtype) / 64, self.bias)
 
     def coded(model: Any) -> None:
         layer = Coded(24, 24, bias=False)
-        layer.weight = torch.nn.Parameter(torch.ones(24, 24, dtype=torch.int8), requires_grad=False)
+        layer.weight = torch.nn.Parameter(torch.ones(24, 24).to(torch.float8_e4m3fn), requires_grad=False)
         model.model.layers[0].self_attn.o_proj = layer
 
     def configured(model: Any) -> None:
@@ -207,7 +209,7 @@ def test_models_that_this_process_cannot_read_are_refused() -> None:
         model.lm_head.to("meta")
 
     reasons = {
-        coded: r"quantised \(int8\): .* would be codes\n  fix: load the unquantised model with dtype='bfloat16', or",
+        coded: r"quantised \(float8_e4m3fn\): .* would be codes\n  fix: load the unquantised model with dtype=",
         configured: r"quantised \(by its config\)",
         parallel: "each process holds some of its heads\n  fix: load it in one process with device_map='auto'",
         empty: "lm_head.weight is on the meta device, without a value anywhere",
