@@ -106,15 +106,15 @@ def locate(
         UnsupportedModelError: a module of the row is missing.
     """
     base = model.base_model
-    missing: list[str] = []
+    missing: dict[str, int] = {}  # paths, and the first block without them
 
-    def find(root: nn.Module, path: str | None) -> nn.Module | None:
+    def find(root: nn.Module, path: str | None, layer: int = 0) -> nn.Module | None:
         if path is None:
             return None
         for name in path.split("."):
             child = getattr(bare(root), name, None)
             if not isinstance(child, nn.Module):
-                missing.append(path)
+                missing.setdefault(path, layer)
                 return None
             root = child
         return bare(root)
@@ -129,20 +129,24 @@ def locate(
             {
                 name: m
                 for name in names
-                if (m := find(block, getattr(row, name))) is not None and not isinstance(m, nn.Identity)
+                if (m := find(block, getattr(row, name), layer)) is not None and not isinstance(m, nn.Identity)
             }
-            for block in block_list
+            for layer, block in enumerate(block_list)
         )
 
     parts = within(family, PARTS)
     cross = () if family.cross is None else within(family.cross, [field.name for field in fields(family.cross)])
     ends = {name: m for name in ("embed", "pos_embed", "final") if (m := find(base, getattr(family, name))) is not None}
     if missing or not block_list:
-        children = ", ".join(name for name, _ in (block_list[0] if block_list else base).named_children())
+        layer = min(missing.values(), default=0)
+        children = ", ".join(name for name, _ in (block_list[layer] if block_list else base).named_children())
+        absent = ", ".join(sorted(missing)) or family.layers
         raise UnsupportedModelError(
             f"a hooked model of family {model.config.model_type!r}",
-            f"no module at {', '.join(sorted(set(missing))) or family.layers}; found {children}",
-            "use the transformers class of this family, with its own module names",
+            f"no module at {absent}{f' in block {layer}, unlike in block 0' if layer else ''}; found {children}",
+            "use a model whose blocks are built alike"
+            if layer
+            else "use the transformers class of this family, with its own module names",
         )
     if source is not None and source.ends["embed"] is ends["embed"]:
         raise UnsupportedModelError(

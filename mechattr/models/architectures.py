@@ -31,7 +31,8 @@ _STATE_SPACE = (
 REFUSED: dict[str, tuple[str, str]] = {
     **dict.fromkeys(
         ("mamba", "mamba2", "falcon_mamba", "rwkv", "recurrent_gemma", "jamba", "bamba", "zamba", "zamba2", "xlstm",
-         "falcon_h1", "granitemoehybrid", "nemotron_h", "qwen3_next", "lfm2"),
+         "falcon_h1", "granitemoehybrid", "nemotron_h", "qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe",
+         "qwen3_5_moe_text", "olmo_hybrid", "kimi_linear", "minimax", "lfm2", "lfm2_moe"),
         _STATE_SPACE,
     ),
     "albert": ("all its layers are one block, so that a site cannot tell them apart", "use bert or roberta"),

@@ -97,12 +97,18 @@ def discover(model: Any) -> Family:
     if found["layers"]:
         inside, outside, attention = _watch(model, lists[0])
         found["attn"] = attention.path if attention else None
-        if attention and inside:
+        if attention:
             found |= _ends(model, inside[-1].seen, outside)
             found |= _writes(inside, attention)
             found |= _attention_parts(inside, attention)
-            found |= _mlp_parts(inside, attention)
+            found |= _mlp_parts(inside, attention, found["mlp_out"])
             found |= _norms(inside, found)
+        if attention is None:
+            raise UnsupportedModelError(
+                f"a hooked model of family {config.model_type!r}, which has no row in the table",
+                "in its first block no module, or more than one, calls transformers' attention function",
+                "use a model with attention in every block that goes through transformers' attention interface",
+            )
     missing = [name for name, value in found.items() if value is None]
     if missing:
         there = ", ".join(f"{name}={value!r}" for name, value in found.items() if value)
@@ -139,7 +145,15 @@ def _watch(model: Any, layers: str) -> tuple[list[_Call], list[_Call], _Attentio
                 stack.callback(module.__dict__.__setitem__, "config", config)
                 module.__dict__["config"] = tapped
         ids = torch.arange(1, TOKENS + 1, device=model.device)[None] % config.vocab_size
-        model(input_ids=ids, use_cache=False)
+        try:
+            model(input_ids=ids, use_cache=False)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise UnsupportedModelError(
+                f"a hooked model of family {config.model_type!r}, which has no row in the table",
+                f"its own forward pass of {TOKENS} tokens raises {type(error).__name__}: {error}"[:300],
+                "see to it that model(input_ids=...) runs; in float64, experts need "
+                "model.set_experts_implementation('eager')",
+            ) from error
     called = [tap for tap in taps if tap.values]
     return inside, outside, called[0] if len(called) == 1 else None
 
@@ -219,17 +233,19 @@ def _split(whole: Tensor, q: Tensor, v: Tensor, heads: int) -> dict[str, Any]:
     return {"fused": None}
 
 
-def _mlp_parts(calls: list[_Call], attention: _Attention) -> dict[str, str | None]:
-    """The matrix before an activation function, the one whose output multiplies it, and the one that reads both."""
+def _mlp_parts(calls: list[_Call], attention: _Attention, writes: str | None) -> dict[str, str | None]:
+    """The matrix before an activation function, the one whose output multiplies it, and the one that reads both; what
+    that gives must be all that the MLP writes, which a shared expert's is not."""
     late = calls[attention.at :]
     matrices = [c for c in late if c.matrix]
+    written = [x for c in late if c.path == writes for x in (c.out, c.seen)]  # a norm may come between
     found: dict[str, str | None] = {"gate": None, "act": None, "up": None, "down": None}
     for act in late:
         if act.matrix or is_norm(act.module) or list(act.module.children()):
             continue
         gate = next((c for c in matrices if c is not act and _same(c.out, act.seen)), None)
         down = next((c for c in matrices if c.seen.shape == act.out.shape and not _same(c.seen, act.seen)), None)
-        if gate is None or down is None:
+        if gate is None or down is None or not any(_same(down.out, x) for x in written):
             continue
         found |= {"gate": gate.path, "act": act.path, "down": down.path}
         if _same(down.seen, act.out):
@@ -248,7 +264,7 @@ def _norms(calls: list[_Call], found: dict[str, Any]) -> dict[str, Any]:
     parts: dict[str, Any] = {}
     written = by_path.get(found["attn_out"])
     between = None if written is None else stream + written.out
-    readers = (("ln1", found["q"] or found["qkv"], stream), ("ln2", found["gate"], between))
+    readers = (("ln1", found["q"] or found.get("qkv"), stream), ("ln2", found["gate"], between))
     for name, reader, entering in readers:
         if not reader or entering is None:
             parts[name] = None
@@ -267,4 +283,6 @@ def _kind(call: _Call) -> str:
     if isinstance(call.module, nn.LayerNorm):
         return "layer"
     unit = call.seen.float() / (call.seen.float().pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
-    return "rms" if _same(unit * call.module.weight.float(), call.out.float()) else "rms_plus_one"
+    weight = getattr(call.module, "weight", None)
+    scaled = unit if weight is None else unit * weight.float()
+    return "rms" if _same(scaled, call.out.float()) else "rms_plus_one"

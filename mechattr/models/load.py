@@ -66,11 +66,15 @@ def load(
         UnknownModelError: nothing found under this name, or files that cannot be read or are incomplete.
         UnsupportedModelError: a family that cannot be hooked faithfully.
         BackendError: a backend that this version does not have.
-        SettingError: a dtype or device that does not exist, settings for a model that is loaded already, or a model
-            that the plain backend cannot copy.
+        SettingError: a dtype or device that does not exist, settings for a model that is loaded already, a model that
+            the plain backend cannot copy, or no model or tokenizer at all.
     """
     if backend not in BACKENDS:
         raise UnknownNameError(f"backend {backend!r}", "no such backend", nearest(backend, BACKENDS))
+    tokenizer = os.fspath(tokenizer) if isinstance(tokenizer, os.PathLike) else tokenizer
+    if not (tokenizer is None or isinstance(tokenizer, str) or callable(tokenizer)):
+        fix = "give a tokenizer object, a folder or a name, or leave it out"
+        raise SettingError(f"tokenizer={tokenizer!r:.60}", f"a {type(tokenizer).__name__}", fix)
     if remote is not False and backend != "nnsight":
         raise SettingError(f"remote={remote!r} with backend={backend!r}", "only nnsight runs elsewhere", "leave it out")
     if backend == "transformer_lens" and hasattr(source, "original_model"):
@@ -112,6 +116,11 @@ def _hooked(
     if hasattr(source, "original_model"):
         fix = "use backend='transformer_lens'"
         raise SettingError(f"a {type(source).__name__} on this backend", "TransformerLens has rewritten the model", fix)
+    if not isinstance(source, torch.nn.Module | str | os.PathLike) or hasattr(source, "_module"):
+        traced = hasattr(source, "_module")
+        found = "a model of nnsight" if traced else f"{source!r:.60}"
+        fix = "use backend='nnsight'" if traced else "give a name, a folder or a loaded model"
+        raise SettingError(f"a {type(source).__name__} as a model", found, fix)
     if isinstance(source, torch.nn.Module):
         _no_settings(device=device, dtype=dtype)
         found = read_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer

@@ -82,10 +82,11 @@ def _centred(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def norm_weight(module: Any, like: Tensor) -> Float[Tensor, " d_model"]:
-    """The factor that a norm truly applies: Gemma and Nemotron store it minus one, and OLMo has none."""
+    """The factor that a norm truly applies: Gemma and Nemotron store it minus one, and OLMo has none. `like` has the
+    norm's width as its last axis."""
     weight = stored(module, "weight")
     if weight is None:
-        return like.new_ones(module.normalized_shape)
+        return like.new_ones(like.shape[-1])
     name = type(module).__name__
     return 1.0 + weight if name.startswith(("Gemma", "VaultGemma")) or name.endswith("LayerNorm1P") else weight
 

@@ -39,6 +39,22 @@ def test_importing_the_package_loads_no_library() -> None:
     assert run.stdout.strip() == "[]"
 
 
+def test_the_package_takes_less_than_a_second_beyond_torch_and_transformers() -> None:
+    """Every public name and the bundled model, in CPU time, which other work on the machine does not lengthen."""
+    code = (
+        "import sys, time, torch, transformers.modeling_utils, transformers.masking_utils\n"
+        "begin = time.process_time()\n"
+        "import mechattr as ma\n"
+        "names = [getattr(ma, name) for name in ma.__all__]\n"
+        "spent = time.process_time() - begin\n"
+        "ma.load('tiny')\n"
+        "backends = {'nnsight', 'transformer_lens', 'ray', 'matplotlib', 'pandas'} & set(sys.modules)\n"
+        "print(spent < 1, sorted(backends))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "True []"
+
+
 @pytest.mark.parametrize("name", sorted(mechattr.__all__))
 def test_every_public_name_exists(name: str) -> None:
     assert getattr(mechattr, name) is not None

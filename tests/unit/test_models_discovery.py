@@ -8,13 +8,17 @@ from typing import Any
 import families
 import pytest
 import torch
+import transformers
 from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import mechattr as ma
 from mechattr.errors import SelfCheckError, SettingError, UnsupportedModelError
 from mechattr.models import Batch, Family, HookedHF, discover
 from mechattr.models.families import FAMILIES, small_configs
+from mechattr.models.families.shapes import GATED, SMALL, ids
 from mechattr.models.small import small_model
+from mechattr.models.verify import verify
 
 FOUND = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "olmo2", "gpt_neox_sequential")
 
@@ -114,3 +118,109 @@ def test_a_mapping_that_is_wrong_is_found_out() -> None:
         ma.load(small_model("llama"), family="llama")
     with pytest.raises(SettingError, match="family for a model that is loaded already"):
         ma.load(families.hooked("llama"), family=llama)
+
+
+# --- families of transformers without a row
+
+
+def unlisted(config: Any) -> Any:
+    """A small random model from its config."""
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for label, parameter in sorted(model.named_parameters()):
+            noise = 0.3 * torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(noise + float("norm" in label and label.endswith("weight")))
+    return model.eval()
+
+
+EXPERTS: dict[str, Any] = {**GATED, "num_experts_per_tok": 2, "moe_intermediate_size": 12, **ids()}
+
+
+def test_a_family_without_a_row_is_found_and_keeps_what_is_promised() -> None:
+    model = ma.load(unlisted(transformers.InternLM3Config(**GATED, head_dim=8, **ids())).double())
+    assert (model.info.family, model.info.mapping) == ("internlm3", "discovered")
+    assert all(check.passed for check in verify(model))
+
+
+NO_INTERFACE = "in its first block no module, or more than one, calls transformers' attention function"
+REFUSED: dict[str, tuple[Any, str]] = {
+    # the shared expert looks like the MLP, and is a part of it
+    "aria_text": (
+        transformers.AriaTextConfig(**GATED, moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1, **ids()),
+        "not found: gate, act, up, down, ln2; found: layers='layers'",
+    ),
+    "dots1": (
+        transformers.Dots1Config(**EXPERTS, head_dim=8, n_routed_experts=4, n_shared_experts=1, n_group=2,
+                                 topk_group=1, routed_scaling_factor=1.0, first_k_dense_replace=1),
+        "no module at mlp.act_fn, mlp.down_proj, mlp.gate_proj, mlp.up_proj in block 1, unlike in block 0",
+    ),
+    "openai-gpt": (transformers.OpenAIGPTConfig(vocab_size=61, n_embd=24, n_layer=2, n_head=4), NO_INTERFACE),
+    "jetmoe": (
+        transformers.JetMoeConfig(vocab_size=61, hidden_size=24, num_hidden_layers=2, num_key_value_heads=2,
+                                  kv_channels=8, intermediate_size=40, num_local_experts=4, num_experts_per_tok=2),
+        "not found: v, q",
+    ),
+    "ctrl": (transformers.CTRLConfig(vocab_size=61, n_embd=24, n_layer=2, n_head=4, dff=40), "not found: pos_embed, q"),
+    "olmo_hybrid": (
+        transformers.OlmoHybridConfig(**SMALL, **ids(), layer_types=["linear_attention", "full_attention"]),
+        "are recurrent",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_family_that_no_row_can_describe_is_refused_with_what_is_missing(name: str) -> None:
+    config, found = REFUSED[name]
+    with pytest.raises(UnsupportedModelError, match=f"a hooked model of family '{name}'") as caught:
+        ma.load(unlisted(config))
+    assert found in str(caught.value)
+
+
+def test_a_model_that_does_not_run_says_so() -> None:
+    with pytest.raises(
+        UnsupportedModelError, match="its own forward pass of 5 tokens raises RuntimeError: Expected mat_a"
+    ):
+        ma.load(unlisted(REFUSED["aria_text"][0]).double())
+
+
+# --- mappings and modules that are not what they look like
+
+
+def test_control_a_shared_expert_is_not_believed_to_be_the_mlp() -> None:
+    parts = {part: f"mlp.shared_experts.{part}_proj" for part in ("gate", "up", "down")}
+    with pytest.raises(SelfCheckError, match=r"mlp\.hook_pre\n  found: mlp_out depends on more than what enters"):
+        ma.load(unlisted(REFUSED["aria_text"][0]), family=Family(**parts, act="mlp.shared_experts.act_fn"))
+
+
+def test_control_attention_that_writes_more_than_its_heads_is_not_believed() -> None:
+    model = foreign("llama")
+    for block in model.model.layers:
+        block.self_attn.register_forward_hook(
+            lambda m, a, given, out: (out[0] + given["hidden_states"], *out[1:]), with_kwargs=True
+        )
+    with pytest.raises(SelfCheckError, match="the heads' writes are not all that attention writes"):
+        HookedHF(model)
+
+
+def test_control_a_norm_that_adds_one_to_its_weight_under_another_name_is_not_believed() -> None:
+    class PlusOneRMSNorm(LlamaRMSNorm):
+        def forward(self, hidden_states: Tensor) -> Tensor:
+            return super().forward(hidden_states) / self.weight * (1 + self.weight)
+
+    model = foreign("llama")
+    for module in model.modules():
+        if isinstance(module, LlamaRMSNorm):
+            module.__class__ = PlusOneRMSNorm
+    assert discover(model).norm == "rms_plus_one"
+    with pytest.raises(SelfCheckError, match=r"the norms of LlamaForCausalLM\n  found: PlusOneRMSNorm gives something"):
+        HookedHF(model)
+
+
+def test_control_logits_that_are_multiplied_are_not_believed() -> None:
+    scaled = {"head_dim": 8, "attention_multiplier": 0.3, **ids()}
+    assert ma.load(unlisted(transformers.HyperCLOVAXConfig(**GATED, **scaled))).info.mapping == "discovered"
+    with pytest.raises(
+        SelfCheckError, match="the logits of HyperCLOVAXForCausalLM\n  found: they are not what the unem"
+    ):
+        ma.load(unlisted(transformers.HyperCLOVAXConfig(**GATED, **scaled, logits_scaling=3.0)))

@@ -13,6 +13,7 @@ import torch
 import transformers as tf
 
 from mechattr.errors import (
+    ModelStateError,
     SelfCheckError,
     SettingError,
     UnknownModelError,
@@ -282,3 +283,34 @@ def test_the_table_of_families_names_what_is_absent():
     assert rows["llama"]["absent"] == "pos_embed"
     assert "resid_mid" in rows["gpt_neox"]["absent"]
     assert rows["bert"]["kind"] == "encoder"
+
+
+class Traced:
+    """Has what a model of nnsight has."""
+
+    _module = None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"source": None}, "a NoneType as a model\n  found: None\n  fix: give a name, a folder or a loaded model"),
+        ({"source": Traced()}, "a Traced as a model\n  found: a model of nnsight\n  fix: use backend='nnsight'"),
+        ({"source": "tiny", "tokenizer": 5}, "tokenizer=5\n  found: a int\n  fix: give a tokenizer object, a folder"),
+    ],
+)
+def test_what_is_no_model_and_no_tokenizer_is_refused(arguments, text):
+    with pytest.raises(SettingError) as caught:
+        load(**arguments)
+    assert str(caught.value).startswith(text)
+
+
+def test_a_tokenizer_may_be_a_path(folder):
+    assert load(families.model("llama"), tokenizer=folder).tokenize("a b").tokens.shape[0] == 1
+
+
+def test_weights_that_were_never_loaded_are_refused():
+    with pytest.raises(
+        ModelStateError, match=r"its weights were never loaded \(meta device\)\n  fix: load it with from"
+    ):
+        load(copy.deepcopy(families.model("llama")).to("meta"))
