@@ -103,6 +103,8 @@ def discover(model: Any) -> Family:
             found |= _attention_parts(inside, attention)
             found |= _mlp_parts(inside, attention, found["mlp_out"])
             found |= _norms(inside, found)
+            # a block may rotate nothing where others do
+            found["rotary"] = found.get("rotary") or any("Rotary" in type(m).__name__ for m in base.modules())
         if attention is None:
             raise UnsupportedModelError(
                 f"a hooked model of family {config.model_type!r}, which has no row in the table",
@@ -218,8 +220,13 @@ def _attention_parts(calls: list[_Call], attention: _Attention) -> dict[str, Any
         letter: next((c for c in others if c.path.rsplit(".", 1)[-1].startswith(letter)), None) for letter in ("q", "k")
     }
     found |= {"v": own.path if own else None} | {letter: c.path if c else None for letter, c in named.items()}
-    found["rotary"] = named["q"] is None or not _same(named["q"].out, q)
+    found["rotary"] = named["q"] is None or not _same(_times(named["q"].out, q), q)
     return found
+
+
+def _times(x: Tensor, like: Tensor) -> Tensor:
+    """x by the factor that brings it nearest to another tensor: some families scale q on its way."""
+    return x if x.shape != like.shape else x * ((x * like).sum() / (x * x).sum())
 
 
 def _split(whole: Tensor, q: Tensor, v: Tensor, heads: int) -> dict[str, Any]:

@@ -25,13 +25,14 @@ ATTENTION = ("rot_q", "rot_k", "v", "attn_scores", "pattern")
 
 
 def selfcheck(model: HookedHF | HookedNNsight) -> None:
-    """Two forward passes over four tokens; a third where an adapter does the family's attention.
+    """Two forward passes over four tokens; a third where an adapter does the family's attention, and two over eight
+    where the family has no row in the table.
 
     Raises:
         UnsupportedModelError: attention does not go through the tap.
         SelfCheckError: a site does not fire, has another shape, or is not what its name says: heads and neurons that
             are not all that attention and MLP write, a pattern that does not act; a norm that computes something else;
-            or attention with taps in it that is not the model's own.
+            attention with taps in it that is not the model's own; or positions that count padding.
     """
     ids = torch.arange(5, device=model.device)[None] % model.info.d_vocab
     batch = Batch.of(ids[:, :4])
@@ -71,6 +72,8 @@ def selfcheck(model: HookedHF | HookedNNsight) -> None:
     if model._anatomy.family.adapter is not None:
         _check_adapter(model, batch, fired)
     _check_causes(model, batch, fired)
+    if model.info.mapping != "table" and not model.info.n_encoder_layers:
+        _check_padding(model)
 
 
 def axis_sizes(info: ModelInfo, columns: int) -> dict[str, int]:
@@ -98,6 +101,11 @@ def _far(found: torch.Tensor, wanted: torch.Tensor, close: float = 2e-2) -> bool
     return bool(((found.float() - wanted.float()).abs() > close * wanted.float().abs().max() + 1e-6).any())
 
 
+def _tight(x: torch.Tensor) -> float:
+    """What is rounding where sums are taken in the same order, or nearly so."""
+    return 1e-4 if x.dtype in (torch.float32, torch.float64) else 2e-2
+
+
 def _check_norms(model: HookedHF | HookedNNsight, batch: Batch) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """Norms must compute what `norms` says of their class, which scales, weights and frozen norms rest on. Returns what
     every site is in the same run, and the logits."""
@@ -105,7 +113,7 @@ def _check_norms(model: HookedHF | HookedNNsight, batch: Batch) -> tuple[dict[st
 
     def compare(module: Any, args: Any, out: torch.Tensor) -> None:
         wanted = normalise(module, args[0], norm_scale(module, args[0]))
-        if _far(out, wanted, 1e-4 if out.dtype in (torch.float32, torch.float64) else 2e-2):
+        if _far(out, wanted, _tight(out)):
             wrong.append(type(module).__name__)
 
     with ExitStack() as stack:
@@ -149,6 +157,19 @@ def _check_sums(model: HookedHF | HookedNNsight, fired: Mapping[str, torch.Tenso
                 f"{' + '.join(parse(name)[0] for name in names if name in fired)} is not resid_post",
                 "name the modules whose outputs are added to the stream: a post-norm, or a projection",
             )
+
+
+def _check_padding(model: HookedHF | HookedNNsight) -> None:
+    """Positions must be those that a run gives, not columns. (Families of the table were tested.)"""
+    columns = torch.arange(8, device=model.model.device)[None]
+    ids = columns % model.info.d_vocab
+    padded, alone = (model.run(b).logits for b in (Batch.of(ids, columns >= 3), Batch.of(ids[:, 3:])))
+    if _far(padded[:, 3:], alone, _tight(alone)):
+        raise SelfCheckError(
+            f"rows of {type(model.model).__name__} that are padded on the left",
+            "other logits than those of the row alone: something counts columns instead of positions",
+            "use a model that takes position_ids; if its position embedding counts, say by_column=True in its Family",
+        )
 
 
 def _check_heads(model: HookedHF | HookedNNsight, fired: Mapping[str, torch.Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from typing import Any
 
@@ -215,6 +216,24 @@ def test_control_a_norm_that_adds_one_to_its_weight_under_another_name_is_not_be
     assert discover(model).norm == "rms_plus_one"
     with pytest.raises(SelfCheckError, match=r"the norms of LlamaForCausalLM\n  found: PlusOneRMSNorm gives something"):
         HookedHF(model)
+
+
+def test_control_attention_that_counts_columns_is_not_believed() -> None:
+    """Llama 4 makes queries of blocks without rotary embedding longer with their column."""
+    tuned: dict[str, Any] = {**GATED, "intermediate_size_mlp": 40, "moe_layers": [], "no_rope_layers": [1, 0], **ids()}
+    for attention, refused in (({"attn_temperature_tuning": False}, False), ({"floor_scale": 2}, True)):
+        model = unlisted(transformers.Llama4TextConfig(**tuned, head_dim=8, **attention))
+        with pytest.raises(SelfCheckError, match="something counts columns") if refused else nullcontext():
+            assert ma.load(model).info.mapping == "discovered"
+
+
+def test_positions_are_known_by_what_a_model_has_not_by_its_first_block() -> None:
+    """Block 0 of this SmolLM3 rotates nothing; Whisper's decoder scales its queries on their way, and rotates none."""
+    config = transformers.SmolLM3Config(**GATED, no_rope_layers=[0, 1], **ids())
+    assert discover(unlisted(config)).rotary
+    sizes = {"vocab_size": 61, "d_model": 24, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 40}
+    whisper = transformers.WhisperConfig(**sizes, max_target_positions=64, decoder_start_token_id=0, **ids())
+    assert not discover(unlisted(whisper)).rotary
 
 
 def test_control_logits_that_are_multiplied_are_not_believed() -> None:
