@@ -56,7 +56,7 @@ class HookedHF(Running):
         UnsupportedModelError: a family without a row that discovery cannot describe, one whose attention does not go
             through the tap, or a quantised model.
         SelfCheckError: a hook that does not do what its site's name says.
-        ModelStateError: a model in training mode, or without its weights.
+        ModelStateError: a model in training mode.
     """
 
     checkpoints: ClassVar[bool] = True
@@ -81,11 +81,6 @@ class HookedHF(Running):
         self._forms: dict[int, AttentionForm] | None = None
         check_whole(model)
         self._check_state()  # dropout would make what discovery and the self-check compare meaningless
-        if model.device.type == "meta" and not getattr(model, "hf_device_map", None):  # that says where they are kept
-            fix = "load it with from_pretrained, outside of torch.device('meta') and init_empty_weights"
-            raise ModelStateError(
-                f"a hooked {type(model).__name__}", "its weights were never loaded (meta device)", fix
-            )
         family, mapping = row_of(model, family)
         self.config = c = text_config(model.config, family)
         n_heads = c.num_attention_heads

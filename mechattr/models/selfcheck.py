@@ -97,8 +97,9 @@ def _fire(
 
 
 def _far(found: torch.Tensor, wanted: torch.Tensor, close: float = 2e-2) -> bool:
-    """Whether they differ by more than rounding, of which bfloat16, with 8 bits, has much."""
-    return bool(((found.float() - wanted.float()).abs() > close * wanted.float().abs().max() + 1e-6).any())
+    """Whether they differ by more than rounding, of which bfloat16, with 8 bits, has much. Their devices may, too."""
+    wanted = wanted.float()
+    return bool(((found.to(wanted) - wanted).abs() > close * wanted.abs().max() + 1e-6).any())
 
 
 def _tight(x: torch.Tensor) -> float:
@@ -134,7 +135,7 @@ def _check_logits(model: HookedHF | HookedNNsight, final: torch.Tensor, logits: 
     anatomy, config = model._anatomy, model.config
     with torch.no_grad():
         own = model.model.get_output_embeddings()(final) * anatomy.factors.logits
-    own = own if anatomy.logit_bias is None else own + anatomy.logit_bias
+    own = own if anatomy.logit_bias is None else own + anatomy.logit_bias.to(own)
     cap = getattr(config, "final_logit_softcapping", None)
     if _far(logits, own if cap is None else cap * torch.tanh(own / cap)):
         raise SelfCheckError(
@@ -161,7 +162,7 @@ def _check_sums(model: HookedHF | HookedNNsight, fired: Mapping[str, torch.Tenso
 
 def _check_padding(model: HookedHF | HookedNNsight) -> None:
     """Positions must be those that a run gives, not columns. (Families of the table were tested.)"""
-    columns = torch.arange(8, device=model.model.device)[None]
+    columns = torch.arange(8, device=model.device)[None]
     ids = columns % model.info.d_vocab
     padded, alone = (model.run(b).logits for b in (Batch.of(ids, columns >= 3), Batch.of(ids[:, 3:])))
     if _far(padded[:, 3:], alone, _tight(alone)):

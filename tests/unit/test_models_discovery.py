@@ -231,8 +231,10 @@ def test_positions_are_known_by_what_a_model_has_not_by_its_first_block() -> Non
     """Block 0 of this SmolLM3 rotates nothing; Whisper's decoder scales its queries on their way, and rotates none."""
     config = transformers.SmolLM3Config(**GATED, no_rope_layers=[0, 1], **ids())
     assert discover(unlisted(config)).rotary
-    sizes = {"vocab_size": 61, "d_model": 24, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 40}
-    whisper = transformers.WhisperConfig(**sizes, max_target_positions=64, decoder_start_token_id=0, **ids())
+    sizes = {"vocab_size": 61, "d_model": 24, "decoder_layers": 2, "encoder_layers": 2, "decoder_ffn_dim": 40}
+    whisper = transformers.WhisperConfig(
+        **sizes, max_target_positions=64, decoder_attention_heads=4, decoder_start_token_id=0, **ids()
+    )
     assert not discover(unlisted(whisper)).rotary
 
 

@@ -13,7 +13,6 @@ import torch
 import transformers as tf
 
 from mechattr.errors import (
-    ModelStateError,
     SelfCheckError,
     SettingError,
     UnknownModelError,
@@ -307,10 +306,3 @@ def test_what_is_no_model_and_no_tokenizer_is_refused(arguments, text):
 
 def test_a_tokenizer_may_be_a_path(folder):
     assert load(families.model("llama"), tokenizer=folder).tokenize("a b").tokens.shape[0] == 1
-
-
-def test_weights_that_were_never_loaded_are_refused():
-    with pytest.raises(
-        ModelStateError, match=r"its weights were never loaded \(meta device\)\n  fix: load it with from"
-    ):
-        load(copy.deepcopy(families.model("llama")).to("meta"))
