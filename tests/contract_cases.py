@@ -26,7 +26,10 @@ from mechattr.tasks.task import Task
 
 SITES = ("q", "k", "v", "z", "mlp_out")
 SWEPT = ("k", "z")  # of methods that run every node
-NORMED = frozenset({"gemma2", "gemma3", "olmo2", "bert"})  # norms act on what blocks write: there are no edges
+NORMED = "norms act on what its blocks write"
+NO_EDGES = dict.fromkeys(("gemma2", "gemma3", "olmo2", "bert"), NORMED) | {
+    "mixtral": "the router reads the stream as well"
+}
 NODES = ("site", "layer", "pos", "head", "neuron")
 EFFECTS = ("score", "signed", "contribution")
 
@@ -138,7 +141,7 @@ def _edges(method: str, **settings: Any) -> Case:
     columns = ("source", "target", *EFFECTS)
     return Case(
         method=method, result=EdgeAttribution, columns=columns, settings=settings, sites=(), placed=False,
-        refuses=NORMED,
+        refuses=frozenset(NO_EDGES),
     )  # fmt: skip
 
 
@@ -178,7 +181,7 @@ CASES = {
         inputs=scored,
         sites=(),
         placed=False,
-        refuses=NORMED,
+        refuses=frozenset(NO_EDGES),
     ),
     "minimality": Case(
         method="minimality",
@@ -188,7 +191,7 @@ CASES = {
         inputs=circuit,
         sites=(),
         placed=False,
-        refuses=NORMED,
+        refuses=frozenset(NO_EDGES),
     ),
 }  # fmt: skip
 

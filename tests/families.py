@@ -39,7 +39,7 @@ _ACTIVATIONS = {
 # One of each shape of block and of attention, for what works on sites alone and takes long
 SHAPES = (
     *("gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "olmo2", "opt"),
-    *("gpt_neox", "gpt_neox_sequential", "phi", "falcon_groups", "bloom", "bert", "modernbert"),
+    *("gpt_neox", "gpt_neox_sequential", "phi", "falcon_groups", "bloom", "mixtral", "bert", "modernbert"),
 )
 configs = small_configs
 model = small_model

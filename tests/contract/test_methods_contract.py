@@ -13,7 +13,7 @@ import families
 import pytest
 import torch
 from backends import backend_model
-from contract_cases import CASES, Case, Heads, assert_equal, call, combined, renamed, tables, tolerance
+from contract_cases import CASES, NO_EDGES, Case, Heads, assert_equal, call, combined, renamed, tables, tolerance
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from patching_cases import PLAIN, SIZES, hf, pairs_task, plain, repadded, shorts
@@ -205,7 +205,7 @@ def test_methods_run_as_on_a_server_or_are_refused(case: Case) -> None:
 def test_families_that_are_not_supported_are_refused(case: Case) -> None:
     for kind in sorted(case.refuses):
         model = model_of(kind)
-        with pytest.raises(UnsupportedFeatureError, match=f"edges of '{kind}'.*\n.*norms act on what its blocks write"):
+        with pytest.raises(UnsupportedFeatureError, match=f"edges of '{kind}'.*\n.*{NO_EDGES[kind]}"):
             call(case, model, pairs_task(model))
 
 
