@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import mechattr as ma
 from benchmarks.measure import Ratio
 from mechattr.engines.memory import peak
 from mechattr.models import HookedHF
+from mechattr.sites import Node
 
 CALLS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("activation_patching", {"sites": ("q", "k", "v", "z"), "positions": "all"}),
@@ -23,6 +25,30 @@ CALLS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("attribution_patching", {"checkpoint": True}),
     ("edge_attribution", {"steps": 3}),
     ("edge_attribution", {"steps": 3, "checkpoint": True}),
+)
+# From the scores of all edges, which the methods of circuits need.
+CIRCUITS: tuple[tuple[str, str, Callable[[Any], dict[str, Any]]], ...] = (
+    ("path_patching", "", lambda _: {"receivers": [Node("q", 3, head=0), Node("resid_post", 3)]}),
+    ("path_patching", "mlps=frozen", lambda _: {"receivers": [Node("resid_post", 3)], "mlps": "frozen"}),
+    ("edge_patching", "100 edges", lambda edges: {"edges": edges.top(100)}),
+    ("missed_effect_bound", "budget=200", lambda _: {"verified": [], "budget": 200}),
+    (
+        "missed_effect_bound",
+        "z and mlp_out, no control",
+        lambda _: {"verified": [], "sites": ("z", "mlp_out"), "p": 0.1, "control": False, "budget": 200},
+    ),
+    ("faithfulness", "2 sizes", lambda edges: {"edges": edges, "sizes": (0.05, 0.2), "random": 1}),
+    (
+        "faithfulness",
+        "zero",
+        lambda edges: {"edges": edges.circuit(top=50, method="greedy"), "ablation": "zero", "random": 1},
+    ),
+    ("minimality", "", lambda edges: {"circuit": edges.circuit(top=50, method="greedy"), "random": 1}),
+    (
+        "minimality",
+        "mean",
+        lambda edges: {"circuit": edges.circuit(top=50, method="greedy"), "ablation": "mean", "random": 0},
+    ),
 )
 SHAPES = ((64, 4, 16, None), (64, 8, 64, 4), (128, 8, 48, None))
 
@@ -53,12 +79,14 @@ def measure() -> list[Ratio]:
                 for row in tokens.tolist()
             ]
             task = ma.tasks.from_pairs(model, pairs)
-            for method, how in CALLS:
+            edges = ma.edge_attribution(model, task, method="eap", progress=False)
+            calls = [(method, " ".join(f"{k}={v}" for k, v in how.items()), how) for method, how in CALLS]
+            calls += [(method, label, make(edges)) for method, label, make in CIRCUITS]
+            for method, label, how in calls:
                 settings = {**how, "batch_size": batch_size}
                 told = ma.estimate(model, task, method, **settings).bytes
                 function = getattr(ma, method)
                 used = peak(lambda f=function, s=settings, t=task, m=model: f(m, t, progress=False, **s))  # type: ignore[misc]
-                label = " ".join(f"{k}={v}" for k, v in how.items())
                 name = f"memory, {kind} d_model {width}, {n} x {length} tokens, batch {batch_size}: {method} {label}"
                 rows.append(
                     Ratio(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mechattr import artifact, draw, errors, evaluation, models, patching, report, sites, tasks
     from mechattr.artifact import Artifact, Attribution, Cache, open
+    from mechattr.evaluation.estimate import estimate
     from mechattr.evaluation.faithfulness import faithfulness
     from mechattr.evaluation.minimality import minimality
     from mechattr.labelled import Labelled
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from mechattr.patching.bound import missed_effect_bound
     from mechattr.patching.edge_patching import edge_patching
     from mechattr.patching.edges import edge_attribution
-    from mechattr.patching.estimate import estimate
     from mechattr.patching.path import path_patching
     from mechattr.patching.tracing import causal_tracing
     from mechattr.sites import Node
@@ -49,7 +49,7 @@ _WHERE = {
     "edge_attribution": "mechattr.patching.edges:edge_attribution",
     "edge_patching": "mechattr.patching.edge_patching:edge_patching",
     "errors": "mechattr.errors",
-    "estimate": "mechattr.patching.estimate:estimate",
+    "estimate": "mechattr.evaluation.estimate:estimate",
     "evaluation": "mechattr.evaluation",
     "faithfulness": "mechattr.evaluation.faithfulness:faithfulness",
     "load": "mechattr.models.load:load",

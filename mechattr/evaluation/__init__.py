@@ -4,8 +4,18 @@ from __future__ import annotations
 
 from mechattr.evaluation.compare import compare_orders
 from mechattr.evaluation.comparison import Comparison
+from mechattr.evaluation.estimate import estimate
 from mechattr.evaluation.faithfulness import Faithfulness, faithfulness
 from mechattr.evaluation.ground_truth import edge_auroc
 from mechattr.evaluation.minimality import Minimality, minimality
 
-__all__ = ["Comparison", "Faithfulness", "Minimality", "compare_orders", "edge_auroc", "faithfulness", "minimality"]
+__all__ = [
+    "Comparison",
+    "Faithfulness",
+    "Minimality",
+    "compare_orders",
+    "edge_auroc",
+    "estimate",
+    "faithfulness",
+    "minimality",
+]

@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from jaxtyping import Float
@@ -20,20 +20,19 @@ from torch import Tensor
 
 from mechattr.artifact import Passes
 from mechattr.base import Artifact
-from mechattr.errors import SettingError
 from mechattr.evaluation.scale import (
     check_draws,
     check_graph,
     check_kind,
-    counts_of,
     doubt,
     gap_of,
     ratio,
     scored_direction,
 )
+from mechattr.evaluation.trials import SHARES, TAKEN, asked_circuits, with_random
 from mechattr.labelled import Labelled
 from mechattr.models.base import HookedModel
-from mechattr.patching.circuit import Circuit, extracted
+from mechattr.patching.circuit import Circuit
 from mechattr.patching.edge_artifact import EdgeAttribution
 from mechattr.patching.edge_run import EdgeRun
 from mechattr.patching.places import check_call
@@ -45,8 +44,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-TAKEN = ("contribution", "top")  # by and method
 REACHED = 1e-3  # how close to 1 counts as reached: the whole model itself is 1 up to rounding
 
 
@@ -251,18 +248,9 @@ def faithfulness(
     way = scored_direction(edges, direction)
     run = EdgeRun(model, task, direction=way, ablation=ablation, batch_size=batch_size)
     check_graph(run, edges)
-    if isinstance(edges, Circuit):
-        _check_unused(sizes, by, method)
-        asked = {edges.n_edges: edges}
-        how = {"by": None, "extraction": edges.settings.get("extraction")}
-    else:
-        counts = counts_of(sizes, run.graph.n_edges)
-        asked = {n: extracted(edges, n, by=cast(Any, by), method=cast(Any, method)) for n in counts}
-        how = {"by": by, "extraction": method}
-    circuits = [[circuit, *(circuit.random_like(seed + i) for i in range(random))] for circuit in asked.values()]
-    ends = torch.stack([run.graph.mask, torch.zeros_like(run.graph.mask)])
-    masks = [mask for draws in circuits for circuit in draws for mask in (circuit.mask, circuit.complement())]
-    found = run.metrics(torch.cat([ends, torch.stack(masks)]), progress=progress, resume=resume, label="faithfulness")
+    asked, how = asked_circuits(edges, sizes, by, method)
+    circuits, masks = with_random(asked, run.graph.mask, random, seed)
+    found = run.metrics(masks, progress=progress, resume=resume, label="faithfulness")
     whole, empty = found[0], found[1]
     by_size = found[2:].unflatten(0, (len(circuits), 1 + random, 2))  # [size, draw, circuit or complement, pair]
     f = ratio(by_size, whole, empty, model)
@@ -295,16 +283,6 @@ def faithfulness(
         **how,
     )
     return Faithfulness(tensors, settings=settings, provenance=provenance_of(model, task))
-
-
-def _check_unused(sizes: Sequence[float], by: str, method: str) -> None:
-    given = [f"sizes={sizes!r}"] if sizes is not SHARES else []
-    given += [
-        f"{name}={x!r}" for name, x, usual in zip(("by", "method"), (by, method), TAKEN, strict=True) if x != usual
-    ]
-    if given:
-        fix = "leave it out, or give the scores of the edges in the circuit's place"
-        raise SettingError(f"the faithfulness of one circuit with {', '.join(given)}", "a circuit is one size", fix)
 
 
 def _area(x: Float[Tensor, " size"], y: Float[Tensor, " size"]) -> float:

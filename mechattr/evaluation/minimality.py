@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
 import torch
-from torch import Tensor
 
 from mechattr.artifact import Passes
 from mechattr.base import Artifact
-from mechattr.errors import EmptyTaskError, UnknownNameError, nearest
 from mechattr.evaluation.scale import check_draws, check_graph, check_kind, doubt, gap_of, ratio, scored_direction
+from mechattr.evaluation.trials import ARROW, taken_apart
 from mechattr.labelled import Labelled
 from mechattr.models.base import HookedModel
 from mechattr.patching.circuit import Circuit
@@ -26,8 +25,6 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-UNITS = ("node", "edge")
-ARROW = " -> "  # between the ends of an edge
 RARE = 0.95  # share of the random circuits' parts that a part beats where it stands out
 _SHOWN = 20  # rows of a table in a notebook
 
@@ -156,21 +153,14 @@ def minimality(
     """
     check_call("minimality", model, task)
     check_draws(random, seed)
-    if unit not in UNITS:
-        raise UnknownNameError(f"unit {unit!r}", "no such part of a circuit", nearest(unit, UNITS))
     check_kind(circuit, (Circuit,))
     way = scored_direction(circuit, direction)
     run = EdgeRun(model, task, direction=way, ablation=ablation, batch_size=batch_size)
     check_graph(run, circuit)
-    all_circuits = [circuit, *(circuit.random_like(seed + i) for i in range(random))]
-    without = [_without(each, unit) for each in all_circuits]
-    if not without[0]:
-        raise EmptyTaskError("minimality", f"a circuit without any {unit} to remove", "give a larger circuit")
-    masks = [run.graph.mask, torch.zeros_like(run.graph.mask), *(each.mask for each in all_circuits)]
-    masks += [mask for parts in without for mask in parts.values()]
-    found = run.metrics(torch.stack(masks), progress=progress, resume=resume, label="minimality")
+    without, masks = taken_apart(circuit, run.graph.mask, unit, random, seed)
+    found = run.metrics(masks, progress=progress, resume=resume, label="minimality")
     f = ratio(found[2:], found[0], found[1], model)
-    wholes, rest = f[: len(all_circuits)], f[len(all_circuits) :].split([len(parts) for parts in without])
+    wholes, rest = f[: 1 + random], f[1 + random :].split([len(parts) for parts in without])
     drops = [whole - part for whole, part in zip(wholes, rest, strict=True)]
     ranked = torch.full((random, max(map(len, drops[1:]), default=0)), math.nan, dtype=f.dtype)
     for row, drop in zip(ranked, drops[1:], strict=True):
@@ -198,16 +188,3 @@ def minimality(
         seed=seed,
     )
     return Minimality(tensors, settings=settings, provenance=provenance_of(model, task))
-
-
-def _without(circuit: Circuit, unit: str) -> dict[str, Tensor]:
-    """The circuit's edges without each of its parts, by the part's name."""
-    if unit == "node":
-        inner = [name for name in circuit.nodes if circuit.graph.layer_of(name) is not None]
-        return {name: circuit.without(name).mask for name in inner}
-    found = {}
-    for (source, target), (i, j) in zip(circuit.edges, circuit.mask.nonzero().tolist(), strict=True):
-        kept = circuit.mask.clone()
-        kept[i, j] = False
-        found[f"{source}{ARROW}{target}"] = kept
-    return found

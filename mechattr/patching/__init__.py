@@ -8,11 +8,11 @@ from mechattr.patching.attribution import attribution_patching
 from mechattr.patching.bound import missed_effect_bound
 from mechattr.patching.bound_result import Bound
 from mechattr.patching.circuit import Circuit, circuit_of
+from mechattr.patching.cost import Estimate
 from mechattr.patching.edge_artifact import EdgeAttribution
 from mechattr.patching.edge_patching import edge_patching
 from mechattr.patching.edge_run import EdgeRun
 from mechattr.patching.edges import edge_attribution
-from mechattr.patching.estimate import Estimate, estimate
 from mechattr.patching.graph import Graph, count_edges
 from mechattr.patching.path import path_patching
 from mechattr.patching.tracing import causal_tracing
@@ -32,7 +32,6 @@ __all__ = [
     "count_edges",
     "edge_attribution",
     "edge_patching",
-    "estimate",
     "missed_effect_bound",
     "path_patching",
 ]

@@ -25,11 +25,11 @@ from tqdm.auto import tqdm
 
 from mechattr.artifact import Attribution, Cache
 from mechattr.engines.executors import Executor
-from mechattr.engines.halving import Halving
 from mechattr.engines.spread import spread
 from mechattr.errors import NonFiniteError, SettingError
 from mechattr.labelled import Labelled
 from mechattr.models.base import HookedModel
+from mechattr.models.halving import Halving
 from mechattr.models.rules import Rules
 from mechattr.patching.effects import Effects, plan_of
 from mechattr.patching.interventions import finite

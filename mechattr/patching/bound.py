@@ -7,40 +7,25 @@ all other nodes are patched together, and the difference in means with and witho
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-import torch
 from tqdm.auto import tqdm
 
 from mechattr.artifact import Attribution
 from mechattr.engines.subsampling import planned_looks
 from mechattr.engines.sweep import Journal
-from mechattr.errors import SettingError
 from mechattr.labelled import Labelled
 from mechattr.models.base import HookedModel
+from mechattr.patching.bound_plan import plan_of_bound
 from mechattr.patching.bound_result import Bound
-from mechattr.patching.nodes import every_node, table_of
-from mechattr.patching.places import (
-    DEFAULT_SITES,
-    Positions,
-    check_call,
-    direction_of,
-    mode_of,
-    node_sites,
-    places_of,
-)
+from mechattr.patching.places import DEFAULT_SITES, Positions, check_call
 from mechattr.patching.sampling import CHUNK, Sampling
 from mechattr.patching.sets import Sets
 from mechattr.patching.settings import provenance_of, settings_of
-from mechattr.patching.verified import agreed, among, verified_of
 from mechattr.sites import Node
 from mechattr.tasks.task import Task
-
-INCLUSIONS = 30  # expected inclusions of a node (in each pair where pairs are kept apart) within the default budget
-LEAST = 4  # samples: two with a node and two without
 
 
 def missed_effect_bound(
@@ -135,30 +120,32 @@ def missed_effect_bound(
         Kramár et al. 2024, AtP*, arXiv:2403.00745 (the diagnostic); Welch 1947, Biometrika 34.
     """
     check_call("a bound on missed effects", model, task)
-    own = (3 if control else 2) * len(task)
-    strata = len(task) if per_pair else 1
-    _check(p, confidence, target, seed, budget, own)
-    shorts = node_sites(model, sites)
-    known = verified_of(model, task, verified, shorts, per_pair)
-    way = direction_of(agreed("direction", direction, known.direction) or "noising")
-    mode = mode_of(task, agreed("positions", positions, known.positions))
-    table = every_node(model, shorts, places_of(task, mode))
-    done = torch.zeros(len(table), dtype=torch.bool)
-    if known.nodes:
-        done = among(table, table_of(model, task, known.nodes, mode)[0])
-    sets = Sets(model, task, table, mode, way, batch_size=batch_size)
+    plan = plan_of_bound(
+        model,
+        task,
+        verified=verified,
+        sites=sites,
+        p=p,
+        budget=budget,
+        confidence=confidence,
+        per_pair=per_pair,
+        target=target,
+        control=control,
+        seed=seed,
+        direction=direction,
+        positions=positions,
+    )
+    known, table, done, samples = plan.known, plan.table, plan.done, plan.samples
+    sets = Sets(model, task, table, plan.mode, plan.way, batch_size=batch_size)
     moved = sets.moved.any(0)
     free = (moved & ~done).nonzero()[:, 0]
-
-    recommended = math.ceil(INCLUSIONS / p) * strata
-    samples = recommended if budget is None else budget - own
     run = Sampling(sets, free, p, seed, samples if len(free) else 0, per_pair=per_pair, control=control)
     extra = 0 if run.estimates is None else len(task)
-    sizes = [samples] if target is None else planned_looks(samples, p / strata)
+    sizes = [samples] if target is None else planned_looks(samples, p / plan.strata)
     looks = sorted({min(samples, -(-size // CHUNK) * CHUNK) for size in sizes})
     key = {
         "task": task.hash(),
-        "direction": way,
+        "direction": plan.way,
         "nodes": table.hash(),
         "unverified": hashlib.sha256(free.numpy().tobytes()).hexdigest(),
         "rows": sets.rows,
@@ -181,9 +168,9 @@ def missed_effect_bound(
     settings = settings_of(
         task,
         method="missed_effect_bound",
-        direction=way,
-        sites=shorts,
-        positions=mode,
+        direction=plan.way,
+        sites=plan.sites,
+        positions=plan.mode,
         base=sets.base_metric.tolist(),
         source=None if sets.source_metric is None else sets.source_metric.tolist(),
         passes=(float(sets.forward + extra + run.rows), float(extra)),
@@ -199,7 +186,7 @@ def missed_effect_bound(
         seed=seed,
         samples=sum(map(len, run.values)),
         budget=budget,
-        budget_needed=own + recommended,
+        budget_needed=plan.needed,
         looks_planned=len(looks),
         looks_taken=taken,
     )
@@ -207,22 +194,3 @@ def missed_effect_bound(
     if known.effects is not None and len(known.effects):
         tensors["verified"] = Labelled(known.effects.sort(descending=True).values, ("rank",))
     return Bound(tensors, settings=settings, provenance=provenance_of(model, task))
-
-
-def _check(p: float, confidence: float, target: float | None, seed: int, budget: int | None, own: int) -> None:
-    for name, value, low, high in (
-        ("p", p, 0.0, 1.0),
-        ("confidence", confidence, 0.5, 1.0),
-        ("target", target, 0.0, math.inf),
-    ):
-        if value is None and name == "target":
-            continue
-        if isinstance(value, bool) or not isinstance(value, int | float) or not low < value < high:
-            raise SettingError(f"{name}={value!r}", "it is out of range", f"give a number between {low:g} and {high:g}")
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise SettingError(f"seed={seed!r}", "no seed", "give a whole number from 0")
-    if budget is None:
-        return
-    if isinstance(budget, bool) or not isinstance(budget, int) or budget < own + LEAST:
-        found = f"{own} passes for the prompts themselves and at least {LEAST} samples are needed"
-        raise SettingError(f"budget={budget!r}", found, f"give a whole number from {own + LEAST}, or None")

@@ -13,7 +13,7 @@ class Estimate:
         method: its name.
         forward: forward passes in prompt rows, as in `Attribution.passes`.
         backward: backward passes in prompt rows.
-        nodes: number of nodes that get a score.
+        nodes: number of nodes (edges, sizes or parts of a circuit) that get a score.
         recorded: bytes of the activations that are recorded and alive together.
         working: what comes to them at the peak: one run, what its backward pass keeps, and the method's own tensors.
         at_most: whether `forward` is an upper bound.

@@ -22,12 +22,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechattr.engines.executors import Executor
-from mechattr.engines.halving import Halving
 from mechattr.engines.spread import spread
 from mechattr.engines.sweep import sweep
 from mechattr.errors import EmptyTaskError, SettingError
 from mechattr.models.base import Batch, HookedModel, Start
 from mechattr.models.edits import Edit, Place
+from mechattr.models.halving import Halving
 from mechattr.patching.edge_artifact import EdgeAttribution, edge_tables
 from mechattr.patching.graph import Graph
 from mechattr.patching.interventions import PAIRS_AT_ONCE, finite, rows_of, share_of
@@ -99,7 +99,7 @@ def edge_patching(
     wiring = Wiring(model)
     chosen = edges_of(wiring.graph, edges)
     base, source = base_and_source(task, way)
-    trials = _Trials(wiring, task, base, source, chosen, rows_of(base, batch_size))
+    trials = Trials(wiring, task, base, source, chosen, rows_of(base, batch_size))
     digest = hashlib.sha256(chosen.numpy().tobytes()).hexdigest()
     results = sweep(
         trials.groups(),
@@ -176,7 +176,7 @@ class _Recording:
     change: Float[Tensor, "pair writer pos d_model"]
 
 
-class _Trials:
+class Trials:
     """All interventions of a sweep. A group of pairs is recorded once, and dropped when the next one is recorded."""
 
     def __init__(self, wiring: Wiring, task: Task, base: Batch, source: Batch, edges: Tensor, rows: int) -> None:

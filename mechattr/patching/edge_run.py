@@ -21,11 +21,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mechattr.engines.halving import Halving
 from mechattr.engines.sweep import sweep
 from mechattr.errors import UnknownNameError, nearest
 from mechattr.models.base import Batch, HookedModel
 from mechattr.models.edits import Edit, Place
+from mechattr.models.halving import Halving
 from mechattr.patching.interventions import PAIRS_AT_ONCE, TOKENS_AT_ONCE, finite
 from mechattr.patching.places import (
     base_and_source,
@@ -130,11 +130,7 @@ class EdgeRun:
         Cost:
             1 forward pass a pair and different circuit, and 1 a pair for the ablated values; see `metric`.
         """
-        check_keep(self.graph, keep)
-        every = self.graph.mask & ~keep.cpu()
-        first: dict[bytes, int] = {}
-        which = [first.setdefault(row.numpy().tobytes(), len(first)) for row in every]
-        cut = every[[which.index(i) for i in range(len(first))]].to(self.base.device)
+        cut, which = self.different(keep)
         parts = chunks(len(self.base), PAIRS_AT_ONCE)
         made: list[Tensor] = []
 
@@ -165,6 +161,14 @@ class EdgeRun:
             metrics[combos[:, 0], combos[:, 1]] = torch.tensor(values, dtype=torch.float64)
         self.forward += metrics.numel()
         return metrics[which]
+
+    def different(self, keep: Bool[Tensor, "circuit writer reader"]) -> tuple[Bool[Tensor, "run ..."], list[int]]:
+        """The edges that are cut in each run, circuits that are the same together, and the run of each circuit."""
+        check_keep(self.graph, keep)
+        every = self.graph.mask & ~keep.cpu()
+        first: dict[bytes, int] = {}
+        which = [first.setdefault(row.numpy().tobytes(), len(first)) for row in every]
+        return every[[which.index(i) for i in range(len(first))]].to(self.base.device), which
 
     # -- ablated values
 

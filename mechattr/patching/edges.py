@@ -18,11 +18,11 @@ from tqdm.auto import tqdm
 
 from mechattr.engines import quadrature
 from mechattr.engines.executors import Executor
-from mechattr.engines.halving import Halving
 from mechattr.engines.spread import spread
 from mechattr.errors import NonFiniteError, SettingError, UnknownNameError, nearest
 from mechattr.models.base import Batch, HookedModel
 from mechattr.models.edits import Edit
+from mechattr.models.halving import Halving
 from mechattr.models.operators import Set
 from mechattr.models.rules import Rules, check_rules
 from mechattr.patching.edge_artifact import EdgeAttribution, edge_tables

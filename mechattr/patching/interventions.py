@@ -15,10 +15,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mechattr.engines.halving import Halving
 from mechattr.errors import NonFiniteError, SettingError
 from mechattr.models.base import Batch, HookedModel, Metric, Start
 from mechattr.models.edits import Edit, Place
+from mechattr.models.halving import Halving
 from mechattr.patching.nodes import NodeTable
 from mechattr.patching.places import Places, chunks, per_node, rows_at_once
 from mechattr.patching.recording import recorded

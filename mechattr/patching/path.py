@@ -29,7 +29,7 @@ from mechattr.models.base import Batch, HookedModel, Metric, Start
 from mechattr.models.edits import Edit, Place
 from mechattr.patching.interventions import Chunk, Interventions, Patch, Recording, rows_of, share_of
 from mechattr.patching.nodes import NodeTable, every_node, table_of
-from mechattr.patching.places import Places, Positions, base_and_source, check_call, direction_of, places_of
+from mechattr.patching.places import Direction, Places, Positions, base_and_source, check_call, direction_of, places_of
 from mechattr.patching.recording import recorded
 from mechattr.patching.settings import provenance_of, settings_of
 from mechattr.patching.source import Source, shape_of, source_of
@@ -103,29 +103,11 @@ def path_patching(
     check_call("path patching", model, task)
     if executor is not None:
         return spread(path_patching, **locals())
-    if mlps not in MLPS:
-        raise UnknownNameError(f"mlps={mlps!r}", "no such treatment of MLPs", nearest(mlps, MLPS))
-    receivers = list(receivers) if isinstance(receivers, Iterable) else [receivers]
-    if not receivers:
-        raise EmptyTaskError("path patching", "an empty list of receivers", "give at least one node")
     way = direction_of(direction)
-    if senders is None:
-        mode: Positions = positions or "all"
-        present = {parse(name)[0] for name in model.sites()}
-        table = every_node(model, [site for site in SENDERS if site in present], places_of(task, mode))
-    else:
-        table, mode = table_of(model, task, senders, positions)
-    strange = [site for site in table.sites if site not in SENDERS]
-    if strange:
-        fix = "send from heads (z) and MLPs (mlp_out), which write to the residual stream"
-        raise SettingError("senders of path patching", f"nodes of {strange[0]}", fix)
-    to = _Receivers.of(model, task, receivers)
-    base, other = base_and_source(task, way)
-    rows = rows_of(base, batch_size)
-    there = source_of(model, other, task.metric, table.names, None)
-    run = _Paths(model, base, task.metric, there, table, places_of(task, mode), rows, to, mlps == "frozen")
-    key = {"task": task.hash(), "direction": way, "nodes": table.hash(), "rows": rows}
-    key |= {"receivers": to.table.hash(), "mlps": mlps}
+    run, mode = paths_of(model, task, receivers, senders, mlps, way, positions, batch_size)
+    table = run.table
+    key = {"task": task.hash(), "direction": way, "nodes": table.hash(), "rows": run.rows}
+    key |= {"receivers": run.to.table.hash(), "mlps": mlps}
     results = sweep(
         run.groups(),
         run.compute,
@@ -147,10 +129,43 @@ def path_patching(
         passes=(2 * len(task) + run.forward, 0.0),
         trivial=~run.ran,
         n_nodes=len(table),
-        receivers=[str(node) for node in receivers],
+        receivers=[str(node) for node in run.to.nodes],
         mlps=mlps,
     )
     return Attribution(table.labelled(magnitude, signed), settings=settings, provenance=provenance_of(model, task))
+
+
+def paths_of(
+    model: HookedModel,
+    task: Task,
+    receivers: Sequence[Node],
+    senders: Sequence[Node] | None,
+    mlps: str,
+    way: Direction,
+    positions: Positions | None,
+    batch_size: int | None,
+) -> tuple[Paths, Positions]:
+    """What a call would run, and what the senders' positions mean; errors are those of `path_patching`."""
+    if mlps not in MLPS:
+        raise UnknownNameError(f"mlps={mlps!r}", "no such treatment of MLPs", nearest(mlps, MLPS))
+    receivers = list(receivers) if isinstance(receivers, Iterable) else [receivers]
+    if not receivers:
+        raise EmptyTaskError("path patching", "an empty list of receivers", "give at least one node")
+    if senders is None:
+        mode: Positions = positions or "all"
+        present = {parse(name)[0] for name in model.sites()}
+        table = every_node(model, [site for site in SENDERS if site in present], places_of(task, mode))
+    else:
+        table, mode = table_of(model, task, senders, positions)
+    strange = [site for site in table.sites if site not in SENDERS]
+    if strange:
+        fix = "send from heads (z) and MLPs (mlp_out), which write to the residual stream"
+        raise SettingError("senders of path patching", f"nodes of {strange[0]}", fix)
+    to = _Receivers.of(model, task, receivers)
+    base, other = base_and_source(task, way)
+    there = source_of(model, other, task.metric, table.names, None)
+    rows = rows_of(base, batch_size)
+    return Paths(model, base, task.metric, there, table, places_of(task, mode), rows, to, mlps == "frozen"), mode
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -158,10 +173,12 @@ class _Receivers:
     """The receivers as entries of activations.
 
     Attributes:
-        table: the nodes.
+        nodes: as they were given.
+        table: the nodes, each once.
         where: by full name, whether an entry belongs to a receiver; axes of the site, up to the head or neuron.
     """
 
+    nodes: Sequence[Node]
     table: NodeTable
     where: dict[str, Bool[Tensor, "pair ..."]]
 
@@ -176,7 +193,7 @@ class _Receivers:
                 shape = shape_of(name, model.info, *task.clean.tokens.shape)[: len(entries)]
                 mask = where.setdefault(name, torch.zeros(shape, dtype=torch.bool, device=task.clean.device))
                 mask[entries] = True
-        return cls(table, where)
+        return cls(nodes, table, where)
 
 
 def _reaches(model: HookedModel, sender: str, receiver: str) -> bool:
@@ -188,7 +205,7 @@ def _reaches(model: HookedModel, sender: str, receiver: str) -> bool:
     return order[receiver] > order[sender] and not beside
 
 
-class _Paths(Interventions):
+class Paths(Interventions):
     """Senders in place of nodes: two runs for each, the first to see what the receivers get."""
 
     def __init__(

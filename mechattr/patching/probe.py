@@ -13,11 +13,18 @@ from mechattr.engines.memory import Bytes, Course, primes_for
 from mechattr.errors import UnsupportedFeatureError
 from mechattr.methods import METHODS
 from mechattr.models.base import Batch, HookedModel
+from mechattr.patching.bound_plan import BoundPlan
 from mechattr.patching.edge_scores import pair_scores, portions
 from mechattr.patching.edges import EdgeSums
 from mechattr.patching.graph import Graph
-from mechattr.patching.places import Positions
+from mechattr.patching.interventions import PAIRS_AT_ONCE, rows_of
+from mechattr.patching.nodes import every_node
+from mechattr.patching.places import Positions, places_of
+from mechattr.patching.sampling import CHUNK, Sampling
+from mechattr.patching.sets import GRADIENTS_AT_ONCE, Sets
 from mechattr.tasks.task import Task
+
+MOMENTS = 6 * 8  # bytes that samples leave of a node in each group of pairs: two counts, means and sums of squares
 
 
 class _Enough(Exception):
@@ -98,6 +105,56 @@ def probe_edges(
     scores = _course(model, small, lambda: [(x.abs().sum(0), x.sum(0)) for x in pair_scores(writers, readers)])
     found: Bytes = passes.replay(sizes.to_dict())
     return max(found.peak, found.kept + scores.replay({"pairs": at_once, "rows": 1, "columns": step}).peak)
+
+
+def probe_sets(
+    model: HookedModel, task: Task, sizes: Sizes, plan: BoundPlan, given: Mapping[str, Any], numbers: Iterable[int]
+) -> int:
+    """The peak of a bound on missed effects: of its recordings, its gradients and one chunk of its samples.
+
+    Args:
+        model: a hooked model.
+        task: the pairs.
+        sizes: all pairs, and the rows of a batch of samples.
+        plan: the nodes and samples.
+        given: the method's keywords.
+        numbers: further numbers that sizes of tensors may have in them.
+    """
+    samples = min(plan.samples, CHUNK)
+    small = _small(model, task, plan.mode, (*numbers, samples))
+    short = _prompts(model, task, small, 3 + given["control"])
+    table = every_node(model, plan.sites, places_of(short, plan.mode))
+    kept: list[Any] = []  # what lives on while the next part runs
+    every = torch.arange(len(table))
+    how = {"per_pair": given["per_pair"], "control": given["control"]}
+
+    def record() -> None:
+        kept.append(Sets(model, short, table, plan.mode, plan.way, batch_size=small.rows))
+
+    def estimate() -> None:
+        kept.append(Sampling(kept[0], every, 0.5, 0, samples, **how))  # so likely that each site has a node in a set
+
+    def sample() -> None:
+        try:
+            kept[1].compute(0)
+        except _Enough:  # after the first batch
+            return
+
+    def take() -> None:
+        kept[1].take([0.0] * samples)
+        kept[1].labelled()
+
+    parts = [_course(model, small, run) for run in (record, estimate, sample, take)]
+    rows = rows_of(task.clean, given["batch_size"])
+    at_once = (min(rows, PAIRS_AT_ONCE), min(rows, GRADIENTS_AT_ONCE), len(task), len(task))
+    level = peak = 0
+    for course, most in zip(parts, at_once, strict=True):
+        whole = course.replay(sizes.to_dict())
+        part = course.replay({**sizes.to_dict(), "pairs": min(most, sizes.pairs)})
+        peak = max(peak, level + whole.kept + part.peak - part.kept)  # part after part, of which only so much is kept
+        level += whole.kept
+    strata = min(plan.strata, plan.samples) - min(plan.strata, small.pairs)
+    return peak + max(0, strata) * len(plan.table) * MOMENTS
 
 
 def _course(model: HookedModel, small: Sizes, run: Callable[[], object]) -> Course:

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from mechattr.engines.halving import Halving
 from mechattr.models.base import Batch, HookedModel, Metric
 from mechattr.models.edits import Edit
+from mechattr.models.halving import Halving
 
 
 def recorded(

@@ -7,7 +7,7 @@ values on the other prompt. A batch starts at the lowest block that one of its s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,9 +16,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechattr.artifact import Cache
-from mechattr.engines.halving import Halving
 from mechattr.models.base import HookedModel, ModelInfo, Start
 from mechattr.models.edits import Edit, Place
+from mechattr.models.halving import Halving
 from mechattr.patching.interventions import PAIRS_AT_ONCE, rows_of
 from mechattr.patching.nodes import NONE, NodeTable
 from mechattr.patching.places import (
@@ -32,7 +32,8 @@ from mechattr.patching.places import (
     per_node,
     places_of,
 )
-from mechattr.patching.source import source_of
+from mechattr.patching.recording import recorded
+from mechattr.patching.source import Source, source_of
 from mechattr.sites import SITES, full_name, parse
 from mechattr.tasks.task import Task
 
@@ -100,23 +101,27 @@ class Sets:
         self._halving = Halving(self.rows)
         self._grids = [_Grid.of(table, i, self.places, model.info) for i in range(len(table.names))]
 
-        stream = [full_name("resid_pre", layer) for layer in table.layers if layer is not None]
-        parts: list[tuple[Tensor, Tensor | None, Tensor]] = []
-        streams: list[dict[str, Tensor]] = []
-        sources: list[dict[str, Tensor]] = []
-        for pairs in chunks(len(task), min(self.rows, PAIRS_AT_ONCE)):
-            here = model.run(base.rows(pairs), record=[*stream, *table.names], metric=task.metric)
-            values, source_metric = there.rows(pairs)
-            assert here.metric is not None  # a metric was given
-            now = {name: here.activations[name].values for name in table.names}
-            parts.append((here.metric, source_metric, moved_nodes(table, self.places.rows(pairs), now, values)))
-            streams.append({name: here.activations[name].values for name in stream})
-            sources.append(values)
-        metric, other_metric, moved = zip(*parts, strict=True)
-        self.base_metric, self.moved = torch.cat(metric), torch.cat(moved)
-        self.source_metric = None if source is not None else torch.cat(other_metric)
-        self._stream = {name: torch.cat([part[name] for part in streams]) for name in stream}
-        self._source = {name: torch.cat([part[name] for part in sources]) for name in table.names}
+        self._stream_names = [full_name("resid_pre", layer) for layer in table.layers if layer is not None]
+        parts = [self._record(there, pairs) for pairs in chunks(len(task), min(self.rows, PAIRS_AT_ONCE))]
+        self.base_metric = torch.cat([part.metric for part in parts])
+        self.moved = torch.cat([part.moved for part in parts])
+        theirs = [part.source_metric for part in parts if part.source_metric is not None]
+        self.source_metric = torch.cat(theirs) if theirs else None
+        # site by site, so that parts and whole are in memory together for one site only
+        self._stream = {name: torch.cat([part.stream.pop(name) for part in parts]) for name in self._stream_names}
+        self._source = {
+            name: torch.cat([part.source.pop(name) for part in parts]) for name in dict.fromkeys(table.names)
+        }
+
+    def _record(self, there: Source, pairs: Sequence[int]) -> _Part:
+        """Runs both prompts of some pairs."""
+        names = self.table.names
+        found, metric = recorded(self.model, self.base.rows(pairs), [*self._stream_names, *names], self.task_metric)
+        values, source_metric = there.rows(pairs)
+        assert metric is not None  # one was given
+        moved = moved_nodes(self.table, self.places.rows(pairs), found, values)
+        stream = {name: found[name] for name in self._stream_names}
+        return _Part(metric, source_metric, moved, stream, {name: values[name] for name in names})
 
     def effects(self, pairs: Int[Tensor, " row"], chosen: Bool[Tensor, "row node"]) -> Float[Tensor, " row"]:
         """Metric of each row's patched run minus that of its base run, in float64; exactly 0 where nothing differs.
@@ -149,17 +154,21 @@ class Sets:
         """
         found = torch.zeros(self.moved.shape, dtype=torch.float64)
         grids = dict(zip(self.table.names, self._grids, strict=True))
-        for pairs in chunks(len(self.base), min(self.rows, GRADIENTS_AT_ONCE)):
+
+        def some(pairs: Sequence[int]) -> list[None]:
             index = torch.tensor(pairs)
             places = self.places.rows(pairs)
 
-            def visit(name: str, x: Tensor, gradient: Tensor, index: Tensor = index, places: Places = places) -> None:
+            def visit(name: str, x: Tensor, gradient: Tensor) -> None:
                 wide = torch.promote_types(x.dtype, torch.float32)
                 change = self._source[name][index.to(x.device)].to(wide) - x.to(wide)
                 products = places.gather(per_node(name, change * gradient.to(wide))).flatten(1)
                 found[index[:, None], grids[name].nodes] = products[:, grids[name].flat.to(x.device)].cpu().double()
 
             self.model.run(self.base.rows(pairs), gradients=self.table.names, metric=self.task_metric, visit=visit)
+            return [None] * len(pairs)
+
+        Halving(min(self.rows, GRADIENTS_AT_ONCE))(range(len(self.base)), some)
         return found
 
     def _run(self, pairs: Tensor, live: Tensor, layer: Tensor, rows: Tensor) -> list[float]:
@@ -184,6 +193,16 @@ def moved_nodes(
     """Which nodes' activations differ between two runs."""
     changed = {name: places.gather(per_node(name, (there[name] != here[name]).float())) != 0 for name in table.names}
     return table.lookup(changed, len(places.where))
+
+
+class _Part(NamedTuple):
+    """What is kept of some pairs: metrics, which nodes differ, the base run's stream and the other run's nodes."""
+
+    metric: Tensor
+    source_metric: Tensor | None
+    moved: Tensor
+    stream: dict[str, Tensor]
+    source: dict[str, Tensor]
 
 
 class _Grid(NamedTuple):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mechattr.errors import AlignmentError, EmptyTaskError, SettingError, UnknownNameError, nearest
 from mechattr.models.base import Batch, HookedModel, row_numbers
+from mechattr.models.halving import Halving
 from mechattr.models.images import digest
 from mechattr.tasks.metrics import PADDING, Metric
 
@@ -175,22 +176,26 @@ class Task:
 def accuracy(model: HookedModel, task: Task, *, batch_size: int = 64) -> float:
     """Share of pairs whose metric is positive on the clean prompt.
 
-    Cost: one forward pass a pair.
+    Cost: one forward pass a pair, in batches that halve when memory runs out.
 
     Raises:
-        SettingError: the metric has no foil to compare with, so that its sign decides nothing.
+        SettingError: the metric has no foil to compare with, so that its sign decides nothing; or no rows at a time.
     """
+    if batch_size < 1:
+        raise SettingError(f"batch_size={batch_size!r}", "no number of rows", "give a whole number from 1")
     if not task.metric.contrast:
         raise SettingError(
             "accuracy",
             f"metric {task.metric.name!r}, whose sign does not say whether an answer is right",
             "make the task with metric='logit_difference' or metric='probability_difference'",
         )
-    right = 0
-    for start in range(0, len(task), batch_size):
-        batch = task.clean.rows(range(start, min(start + batch_size, len(task))))
-        right += int((task.metric(model.run(batch).logits, batch) > 0).sum())
-    return right / len(task)
+
+    def right(rows: Sequence[int]) -> list[bool]:
+        batch = task.clean.rows(rows)
+        positive: list[bool] = (task.metric(model.run(batch).logits, batch) > 0).tolist()
+        return positive
+
+    return sum(Halving(batch_size)(range(len(task)), right)) / len(task)
 
 
 def padded_ids(rows: Sequence[Sequence[int]]) -> Int[Tensor, "pair ..."]:

@@ -15,11 +15,11 @@ from contract_cases import CASES, Case, call
 from patching_cases import assert_same, pairs_task
 
 import mechattr as ma
-from mechattr.engines.halving import Halving
 from mechattr.errors import SettingError
 from mechattr.models import Batch, HookedHF
 from mechattr.models.base import Start
 from mechattr.models.edits import Edit
+from mechattr.models.halving import Halving
 from mechattr.models.operators import Add, Set, Zero
 from mechattr.models.small import small_model
 

@@ -9,16 +9,16 @@ from typing import Any
 import families
 import pytest
 import torch
-import transformers
+from estimate_cases import made, measured
 from patching_cases import all_nodes, hf, pairs_task, plain, shorts
 
 import mechattr as ma
 from mechattr.engines.memory import Course, peak, primes_for
 from mechattr.errors import EmptyTaskError, MismatchError, SettingError, UnknownNameError, UnknownSiteError
+from mechattr.evaluation.estimate import METHODS
 from mechattr.models import Batch, HookedHF, record
 from mechattr.models.base import Run
 from mechattr.patching import Estimate
-from mechattr.patching.estimate import METHODS
 from mechattr.patching.variants import VARIANTS
 from mechattr.sites import Node
 
@@ -34,13 +34,21 @@ SETTINGS: tuple[dict[str, Any], ...] = (
 )
 
 
-def measured(method: str) -> Any:
-    return getattr(ma, method)
+FAST = (("llama", 0), ("llama", 1), ("gpt2_like", 2), ("gpt2_like", 3))
+CASES = [
+    pytest.param(
+        kind,
+        settings,
+        id=f"{kind}-{'-'.join(settings) or 'defaults'}",
+        marks=() if (kind, i) in FAST else pytest.mark.slow,  # the same settings on the other network
+    )
+    for kind in ("gpt2_like", "llama")
+    for i, settings in enumerate(SETTINGS)
+]
 
 
 @pytest.mark.parametrize("changed", (EVERY, LATE), ids=("every token", "a late token"))
-@pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: "-".join(s) or "defaults")
-@pytest.mark.parametrize("kind", ("gpt2_like", "llama"))
+@pytest.mark.parametrize(("kind", "settings"), CASES)
 @pytest.mark.parametrize("method", PATCHING)
 def test_passes_are_those_that_the_method_counts(
     method: str, kind: str, settings: dict[str, Any], changed: tuple[int, ...]
@@ -93,9 +101,22 @@ def watched(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return sizes
 
 
-@pytest.mark.parametrize("batch_size", (None, 2))
-@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16), ids=str)
-@pytest.mark.parametrize("family", ("gpt2", "llama"))
+FEW = (("gpt2", torch.float32, None), ("llama", torch.bfloat16, None))
+RECORDINGS = [
+    pytest.param(
+        family,
+        dtype,
+        batch_size,
+        id=f"{family}-{dtype}-{batch_size}",
+        marks=() if (family, dtype, batch_size) in FEW else pytest.mark.slow,  # thousands of runs of one or two rows
+    )
+    for family in ("gpt2", "llama")
+    for dtype in (torch.float64, torch.float32, torch.bfloat16)
+    for batch_size in (None, 2)
+]
+
+
+@pytest.mark.parametrize(("family", "dtype", "batch_size"), RECORDINGS)
 @pytest.mark.parametrize("method", PATCHING)
 def test_recorded_bytes_are_those_of_what_is_recorded(
     method: str, family: str, dtype: torch.dtype, batch_size: int | None, monkeypatch: pytest.MonkeyPatch
@@ -135,19 +156,6 @@ def test_variants_cost_what_they_then_count(variant: str, monkeypatch: pytest.Mo
     assert (told.recorded > plainly.recorded) == (variant in ("two_point", "hedged"))
 
 
-def made(kind: str, d_vocab: int = 600, heads: int = 4) -> HookedHF:
-    """A network that is large enough for activations to outweigh tables, and small enough for a test."""
-    torch.manual_seed(0)
-    if kind == "gpt2":
-        config: Any = transformers.GPT2Config(n_embd=64, n_layer=2, n_head=heads, vocab_size=d_vocab, n_positions=64)
-        config.bos_token_id = config.eos_token_id = 0
-    else:
-        sizes = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "vocab_size": d_vocab}
-        config = transformers.LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
-    raw = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    return HookedHF(raw.eval().requires_grad_(False), name=kind)
-
-
 CALLS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("activation_patching", {"sites": ("z", "mlp_out"), "positions": "all"}),
     ("attribution_patching", {"variant": "qk"}),
@@ -167,7 +175,6 @@ def test_bytes_are_within_a_fifth_of_what_is_measured(kind: str, method: str, ho
     """d_model 64, 16 tokens and 3 pairs; larger ones are measured by the benchmark."""
     model = made(kind)
     task = pairs_task(model, (16,) * 3, changed=range(16))
-    model.fingerprint()
     told = ma.estimate(model, task, method, **how)
     used = peak(lambda: measured(method)(model, task, progress=False, **how))
     assert 0.8 * used <= told.bytes <= 1.2 * used
@@ -178,7 +185,6 @@ def test_bytes_are_within_a_fifth_of_what_is_measured(kind: str, method: str, ho
 def test_an_estimate_that_forgets_something_is_outside(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = made("gpt2", 4001 if wrong == "the logits" else 600, heads=32)
     task = pairs_task(model, (60,) * 12, changed=range(60))
-    model.fingerprint()
     how: dict[str, Any] = {"variant": "atp", "sites": ("z", "mlp_out")}
     used = peak(lambda: ma.attribution_patching(model, task, progress=False, **how))
     born, replay = Course._born, Course.replay
@@ -269,7 +275,11 @@ def test_what_cannot_be_told_is_refused() -> None:
     node = [Node("z", 0, 0, head=0)]
     cases: list[tuple[type[Exception], str, str, dict[str, Any]]] = [
         (UnknownNameError, "did you mean 'activation_patching'", "activation_patchin", {}),
-        (UnknownNameError, "minimality'\n  found: its cost is known only on the way", "minimality", {}),
+        (SettingError, "to estimate minimality\n  found: no circuit\n  fix: give circuit=", "minimality", {}),
+        (SettingError, "edges of a circuit\n  found: a list", "faithfulness", {"edges": [("input", "logits")]}),
+        (EmptyTaskError, "an empty list of receivers", "path_patching", {"receivers": []}),
+        (SettingError, "the reader comes before the writer", "edge_patching", {"edges": [("m1", "a0.h0<q>")]}),
+        (SettingError, "budget=3", "missed_effect_bound", {"verified": [], "budget": 3}),
         (UnknownNameError, "no such method of edge attribution", "edge_attribution", {"method": "eapig"}),
         (UnknownNameError, "ablation of kind 'meen'", "ablation", {"kind": "meen"}),
         (SettingError, "variant= for activation_patching", "activation_patching", {"variant": "atp"}),
@@ -285,7 +295,7 @@ def test_what_cannot_be_told_is_refused() -> None:
         with pytest.raises(error, match=text):
             ma.estimate(model, task, method, **settings)
     nothing = torch.zeros(0, dtype=torch.long)
-    assert set(METHODS) < set(ma.METHODS)
+    assert set(METHODS) == set(ma.METHODS)
     empty = replace(task, clean=task.clean.rows(nothing), corrupt=task.corrupt.rows(nothing), spans=())
     with pytest.raises(EmptyTaskError, match="to estimate activation_patching"):
         ma.estimate(model, empty, "activation_patching")

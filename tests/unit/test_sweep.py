@@ -14,9 +14,9 @@ from patching_cases import pairs_task, plain
 
 import mechattr as ma
 import mechattr.engines.sweep as engine
-from mechattr.engines.halving import Halving
 from mechattr.engines.sweep import Journal, sweep
 from mechattr.errors import OutputExistsError, SettingError
+from mechattr.models.halving import Halving
 from mechattr.sites import Node
 
 GROUPS = [[1.0, 2.0], [0.1, 1 / 3]]
@@ -248,14 +248,23 @@ HALVED = (
     (ma.path_patching, {"receivers": [Node("q", 1, head=0)]}),
     (ma.edge_attribution, {"steps": 2}),
     (ma.edge_patching, {}),
+    (ma.missed_effect_bound, {"verified": [], "sites": "z", "p": 0.3, "budget": 12 + 200}),
+    (ma.faithfulness, {"sizes": (0.1, 0.3), "random": 1}),
+    (ma.faithfulness, {"sizes": (0.1,), "random": 0, "ablation": "mean"}),
+    (ma.minimality, {"random": 1}),
 )
 
 
-@pytest.mark.parametrize(("method", "how"), HALVED, ids=[f"{m.__name__}-{h.get('kind', '')}" for m, h in HALVED])
+@pytest.mark.parametrize(
+    ("method", "how"), HALVED, ids=[f"{m.__name__}-{h.get('kind', h.get('ablation', ''))}" for m, h in HALVED]
+)
 def test_recordings_halve_too(method, how, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     """Memory for no more than two rows, in whatever run; in float64, so that only the order of sums can show."""
     model = plain("gpt2_like")
     task = pairs_task(model, (5,) * 4)
+    if method in (ma.faithfulness, ma.minimality):
+        edges = ma.edge_attribution(model, task, method="eap")
+        how = {**how, **({"edges": edges} if method is ma.faithfulness else {"circuit": edges.circuit(top=12)})}
     expected = method(model, task, **how)
     sizes: list[int] = []
 

@@ -251,6 +251,23 @@ def test_accuracy_is_the_share_of_positive_pairs(model: HookedPlain) -> None:
     assert tasks.accuracy(model, task) == ma.accuracy(model, task, batch_size=3) == right / 10
     with pytest.raises(SettingError, match="metric 'log_probability', whose sign"):
         tasks.accuracy(model, tasks.subject_verb(model, n=2, metric="log_probability"))
+    with pytest.raises(SettingError, match="batch_size=0"):
+        tasks.accuracy(model, task, batch_size=0)
+
+
+def test_accuracy_survives_memory_running_out(model: HookedPlain, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = tasks.subject_verb(model, n=10)
+    expected, run, sizes = tasks.accuracy(model, task), model.run, list[int]()
+
+    def narrow(batch: Any, **settings: Any) -> Any:
+        sizes.append(len(batch))
+        if len(batch) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return run(batch, **settings)
+
+    monkeypatch.setattr(model, "run", narrow)
+    assert tasks.accuracy(model, task) == expected
+    assert sizes == [10, 5, 2, 2, 2, 2, 2]
 
 
 def test_kl_is_zero_on_the_clean_prompts_and_positive_on_the_corrupt_ones(model: HookedPlain) -> None:
