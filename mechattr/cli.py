@@ -78,8 +78,9 @@ def localise(
     split: Annotated[Literal["train", "test"], typer.Option(help="Which templates and fillers to use.")] = "test",
     seed: Annotated[int, typer.Option(help="Seed of the pairs and of everything else that is drawn.")] = 0,
     sites: Annotated[
-        str, typer.Option(help="Sites whose components are scored, separated by commas.")
-    ] = "q,k,v,z,mlp_post",
+        str | None,
+        typer.Option(help="Sites whose components are scored, separated by commas; by default all heads and neurons."),
+    ] = None,
     positions: Annotated[
         Literal["aligned", "named", "all"] | None,
         typer.Option(help="Score each position, the task's named spans, or all together; by default the finest."),
@@ -133,7 +134,7 @@ def localise(
         bound=bound,
         circuit=circuit,
         direction=direction,
-        sites=tuple(site.strip() for site in sites.split(",")),
+        sites=None if sites is None else tuple(site.strip() for site in sites.split(",")),
         positions=positions,
         seed=seed,
         batch_size=batch_size,

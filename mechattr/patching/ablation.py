@@ -26,7 +26,7 @@ from mechattr.errors import (
 from mechattr.models.base import HookedModel
 from mechattr.patching.interventions import Interventions, Values, rows_of, whole_number
 from mechattr.patching.nodes import NodeTable, asked
-from mechattr.patching.places import DEFAULT_SITES, Places, Positions, check_call, places_of
+from mechattr.patching.places import Places, Positions, check_call, places_of
 from mechattr.patching.replacements import ByPlace, Means, Others, Zeros
 from mechattr.patching.settings import provenance_of, settings_of
 from mechattr.sites import SITES, Node
@@ -41,7 +41,7 @@ def ablation(
     task: Task,
     *,
     kind: str = "mean",
-    sites: str | Sequence[str] = DEFAULT_SITES,
+    sites: str | Sequence[str] | None = None,
     nodes: Sequence[Node] | None = None,
     positions: Positions | None = None,
     reference: Task | None = None,
@@ -69,8 +69,8 @@ def ablation(
         model: a hooked model.
         task: prompt pairs with a metric.
         kind: `"mean"`, `"zero"` or `"resample"`.
-        sites: short names; every node of these sites is measured. `q` and `k` are replaced after rotary embedding and
-            norms.
+        sites: short names, by default those of activation patching; every node of these sites is measured. `q` and `k`
+            are replaced after rotary embedding and norms.
         nodes: measure these nodes only; `sites` and `positions` then follow from them.
         positions: `"aligned"` (each position), `"named"` (spans) or `"all"` (merged); by default each position where
             the pairs align, else the spans that the task names in every pair.

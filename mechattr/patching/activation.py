@@ -24,7 +24,6 @@ from mechattr.models.base import HookedModel
 from mechattr.patching.interventions import Interventions, rows_of
 from mechattr.patching.nodes import asked
 from mechattr.patching.places import (
-    DEFAULT_SITES,
     Positions,
     base_and_source,
     check_call,
@@ -41,7 +40,7 @@ def activation_patching(
     model: HookedModel,
     task: Task,
     *,
-    sites: str | Sequence[str] = DEFAULT_SITES,
+    sites: str | Sequence[str] | None = None,
     nodes: Sequence[Node] | None = None,
     direction: str = "noising",
     positions: Positions | None = None,
@@ -61,7 +60,8 @@ def activation_patching(
     Args:
         model: a hooked model.
         task: prompt pairs with a metric.
-        sites: short names; every node of these sites is measured.
+        sites: short names; every node of these sites is measured. By default `q`, `k`, `v`, `z` and `mlp_post`; in a
+            mixture of experts `mlp_out` in place of the last.
         nodes: measure these nodes only, such as `attribution.top(50)`; `sites` and `positions` then follow from them.
         direction: `"noising"` puts corrupt activations into the clean run, `"denoising"` clean ones into the corrupt
             run.

@@ -34,7 +34,6 @@ from mechattr.models.rules import Rules
 from mechattr.patching.effects import Effects, plan_of
 from mechattr.patching.interventions import finite
 from mechattr.patching.places import (
-    DEFAULT_SITES,
     Places,
     Positions,
     base_and_source,
@@ -60,7 +59,7 @@ def attribution_patching(
     model: HookedModel,
     task: Task,
     *,
-    sites: str | Sequence[str] = DEFAULT_SITES,
+    sites: str | Sequence[str] | None = None,
     variant: str = DEFAULT_VARIANT,
     unit: str = "block",
     direction: str = "noising",
@@ -102,8 +101,8 @@ def attribution_patching(
     Args:
         model: a hooked model.
         task: prompt pairs with a metric.
-        sites: short names. `q` and `k` are taken after rotary embedding and norms, where their exact effect is the
-            same.
+        sites: short names, by default those of activation patching. `q` and `k` are taken after rotary embedding and
+            norms, where their exact effect is the same.
         variant: see the table. Where GradDrop is undefined (a network with a single write, norms on the residual
             stream), `"max"` and `"hedged"` leave it out and say so in `settings["graddrop"]`.
         unit: what a drop holds: `"block"` (attention and MLP together) or `"sublayer"` (one of them), which about

@@ -20,7 +20,7 @@ from mechattr.labelled import Labelled
 from mechattr.models.base import HookedModel
 from mechattr.patching.bound_plan import plan_of_bound
 from mechattr.patching.bound_result import Bound
-from mechattr.patching.places import DEFAULT_SITES, Positions, check_call
+from mechattr.patching.places import Positions, check_call
 from mechattr.patching.sampling import CHUNK, Sampling
 from mechattr.patching.sets import Sets
 from mechattr.patching.settings import provenance_of, settings_of
@@ -33,7 +33,7 @@ def missed_effect_bound(
     task: Task,
     *,
     verified: Attribution | Sequence[Node],
-    sites: str | Sequence[str] = DEFAULT_SITES,
+    sites: str | Sequence[str] | None = None,
     p: float = 0.01,
     budget: int | None = None,
     confidence: float = 0.99,
@@ -76,7 +76,8 @@ def missed_effect_bound(
         model: a hooked model.
         task: prompt pairs with a metric.
         verified: exact effects, the result of `activation_patching(nodes=...)`, or a list of nodes.
-        sites: short names; the bound covers every node of these that was not verified.
+        sites: short names, by default those of activation patching; the bound covers every node of these that was not
+            verified.
         p: probability that a node is patched in a sample.
         budget: forward passes to spend at most, the three of each pair (two without `control`) included. By default so
             many that a node is expected in 30 samples (with `per_pair` in each pair): 30/p samples.

@@ -55,7 +55,7 @@ def plan_of_bound(
     task: Task,
     *,
     verified: Attribution | Sequence[Node],
-    sites: str | Sequence[str],
+    sites: str | Sequence[str] | None,
     p: float,
     budget: int | None,
     confidence: float,

@@ -157,7 +157,7 @@ def every_node(model: HookedModel, sites: Sequence[str], places: Places) -> Node
 def asked(
     model: HookedModel,
     task: Task,
-    sites: str | Sequence[str],
+    sites: str | Sequence[str] | None,
     nodes: Sequence[Node] | None,
     positions: Positions | None,
 ) -> tuple[NodeTable, Positions]:

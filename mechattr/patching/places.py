@@ -27,6 +27,7 @@ Direction = Literal["noising", "denoising"]
 Positions = Literal["aligned", "named", "all"]
 DIRECTIONS = ("noising", "denoising")
 DEFAULT_SITES = ("q", "k", "v", "z", "mlp_post")
+EXPERT_SITES = ("q", "k", "v", "z", "mlp_out")  # a mixture of experts has no neurons that every token passes
 
 # Replacing a whole vector before or after a map that acts on that vector alone is one intervention, so q and k are
 # taken where attention uses them: an estimate then need not linearise rotary embedding and norms.
@@ -146,14 +147,16 @@ def places_of(task: Task, positions: Positions) -> Places:
     return Places(labels, torch.stack(masks, 1))
 
 
-def node_sites(model: HookedModel, sites: str | Sequence[str]) -> tuple[str, ...]:
-    """The short names to score, in the order given.
+def node_sites(model: HookedModel, sites: str | Sequence[str] | None) -> tuple[str, ...]:
+    """The short names to score, in the order given; those of every head and neuron unless given.
 
     Raises:
         UnknownSiteError: not a site, or not one of this model.
         UnsupportedFeatureError: a site of experts.
         SettingError: no names.
     """
+    if sites is None:
+        sites = EXPERT_SITES if model.info.n_experts else DEFAULT_SITES
     if not isinstance(sites, Iterable):
         fix = f"give short names, such as {', '.join(DEFAULT_SITES)}"
         raise SettingError("sites", f"a {type(sites).__name__}", fix)

@@ -34,7 +34,7 @@ from mechattr.patching.bound import missed_effect_bound
 from mechattr.patching.circuit import extracted
 from mechattr.patching.edges import edge_attribution
 from mechattr.patching.graph import check_additive, count_edges
-from mechattr.patching.places import DEFAULT_SITES, Direction, Positions, direction_of, node_sites, places_of
+from mechattr.patching.places import Direction, Positions, direction_of, node_sites, places_of
 from mechattr.patching.variants import DEFAULT_VARIANT, variant_of
 from mechattr.report import figures, html, summary, tables
 from mechattr.report.record import (
@@ -116,7 +116,7 @@ def localise(
     bound: int | None = None,
     circuit: int = 0,
     direction: Direction = "noising",
-    sites: Sequence[str] = DEFAULT_SITES,
+    sites: Sequence[str] | None = None,
     positions: Positions | None = None,
     seed: int = 0,
     batch_size: int | None = None,
@@ -140,7 +140,7 @@ def localise(
             drawn 30 times.
         circuit: how many edges the circuit has before dead ends are pruned; 0 leaves edges out.
         direction: corrupt activations into the clean run, or clean ones into the corrupt run.
-        sites: sites whose components are scored.
+        sites: sites whose components are scored, by default those of activation patching.
         positions: score each position ("aligned"), named spans ("named"), or all positions replaced together ("all").
             Without it: each position where pairs align, else the spans that all pairs have, else all together.
         seed: of the random sets of the bound and of the random circuits.
@@ -178,7 +178,7 @@ def localise(
     where = positions or _comparable(task)
     # what cannot be used is refused before anything is written
     direction_of(direction)
-    node_sites(model, sites)
+    sites = node_sites(model, sites)
     places_of(task, where)
     asked: dict[str, Any] = {"direction": direction, "sites": list(sites), "positions": where, "top": top, "seed": seed}
     asked |= {"variant": variant, "bound": bound, "circuit": circuit}

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from patching_cases import PLAIN, SIZES, hf, pairs_task, plain, repadded, shorts
 
 import mechattr as ma
-from mechattr.errors import UnsupportedFeatureError
+from mechattr.errors import UnknownSiteError, UnsupportedFeatureError
 from mechattr.methods import METHODS, MethodRow
 from mechattr.models.plain import HookedPlain, plain_model
 from mechattr.models.plain_config import PlainConfig
@@ -307,3 +307,12 @@ def test_results_are_stored_read_and_shown(case: Case, kind: str, tmp_path: Path
 def test_a_row_names_a_page_that_exists(row: MethodRow, root: Path) -> None:
     page = (root / row.page).read_text(encoding="utf-8")
     assert f"ma.{row.name}(" in page and "## Cost" in page and "## Traps" in page
+
+
+def test_a_mixture_of_experts_is_scored_by_what_its_mlps_write() -> None:
+    model = model_of("mixtral")
+    task = pairs_task(model)
+    for method in (ma.attribution_patching, ma.activation_patching, ma.ablation):
+        assert tuple(method(model, task).scores) == ("q", "k", "v", "z", "mlp_out")
+    with pytest.raises(UnknownSiteError, match="mlp_post"):
+        ma.attribution_patching(model, task, sites="mlp_post")
