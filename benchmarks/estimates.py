@@ -90,7 +90,7 @@ def measure() -> list[Ratio]:
                 name = f"memory, {kind} d_model {width}, {n} x {length} tokens, batch {batch_size}: {method} {label}"
                 rows.append(
                     Ratio(
-                        name=name,
+                        name=name.rstrip(),
                         value=told / used,
                         low=told / used,
                         high=told / used,

@@ -123,15 +123,15 @@ def probe_sets(
     samples = min(plan.samples, CHUNK)
     small = _small(model, task, plan.mode, (*numbers, samples))
     short = _prompts(model, task, small, 3 + given["control"])
-    table = every_node(model, plan.sites, places_of(short, plan.mode))
     kept: list[Any] = []  # what lives on while the next part runs
-    every = torch.arange(len(table))
     how = {"per_pair": given["per_pair"], "control": given["control"]}
 
     def record() -> None:
+        table = every_node(model, plan.sites, places_of(short, plan.mode))
         kept.append(Sets(model, short, table, plan.mode, plan.way, batch_size=small.rows))
 
     def estimate() -> None:
+        every = torch.arange(len(kept[0].table))
         kept.append(Sampling(kept[0], every, 0.5, 0, samples, **how))  # so likely that each site has a node in a set
 
     def sample() -> None:
@@ -144,13 +144,19 @@ def probe_sets(
         kept[1].take([0.0] * samples)
         kept[1].labelled()
 
-    parts = [_course(model, small, run) for run in (record, estimate, sample, take)]
     rows = rows_of(task.clean, given["batch_size"])
-    at_once = (min(rows, PAIRS_AT_ONCE), min(rows, GRADIENTS_AT_ONCE), len(task), len(task))
+    asked = sizes.to_dict()
+    fixed = {**asked, "rows": small.rows}  # a part that has no such rows; what looks like them is chance
+    alone = fixed if given["per_pair"] else {**fixed, "pairs": small.pairs}
+    prompts = [(record, fixed, min(rows, PAIRS_AT_ONCE)), (estimate, fixed, min(rows, GRADIENTS_AT_ONCE))]
+    draws = [(take, alone, len(task)), (sample, asked, len(task))]  # the next sets are run beside what was taken
+    if plan.samples <= CHUNK:
+        draws.reverse()
+    parts = [(_course(model, small, run), found, most) for run, found, most in (*prompts, *draws)]
     level = peak = 0
-    for course, most in zip(parts, at_once, strict=True):
-        whole = course.replay(sizes.to_dict())
-        part = course.replay({**sizes.to_dict(), "pairs": min(most, sizes.pairs)})
+    for course, found, most in parts:
+        whole = course.replay(found)
+        part = course.replay({**found, "pairs": min(most, found["pairs"])})
         peak = max(peak, level + whole.kept + part.peak - part.kept)  # part after part, of which only so much is kept
         level += whole.kept
     strata = min(plan.strata, plan.samples) - min(plan.strata, small.pairs)
