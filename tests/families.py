@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import cache
 
@@ -68,24 +68,33 @@ def tokenizer() -> tf.PreTrainedTokenizerFast:
     return tf.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
 
 
+FLOAT32 = torch.float32, torch.Tensor.float
+
+
 @contextmanager
-def widened() -> Iterator[None]:
-    """Makes the casts to float32 inside transformers' norms and softmaxes casts to float64, so that a float64 model has
-    float64 precision throughout and finite differences resolve its gradients."""
-    narrow, method = torch.float32, torch.Tensor.float
-    torch.float32 = torch.float = torch.float64  # type: ignore[misc]
-    torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign]
+def _float32_is(dtype: torch.dtype, cast: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Another dtype under the name of float32."""
+    before = torch.float32, torch.Tensor.float
+    torch.float32 = torch.float = dtype  # type: ignore[misc]
+    torch.Tensor.float = cast  # type: ignore[method-assign]
     try:
         yield
     finally:
-        torch.float32 = torch.float = narrow  # type: ignore[misc]
-        torch.Tensor.float = method  # type: ignore[method-assign]
+        torch.float32 = torch.float = before[0]  # type: ignore[misc]
+        torch.Tensor.float = before[1]  # type: ignore[method-assign]
+
+
+def widened() -> AbstractContextManager[None]:
+    """Makes the casts to float32 inside transformers' norms and softmaxes casts to float64, so that a float64 model has
+    float64 precision throughout and finite differences resolve its gradients."""
+    return _float32_is(torch.float64, torch.Tensor.double)
 
 
 @cache
 def hooked(family: str, dtype: torch.dtype = torch.float32, attention: str = "eager") -> HookedHF:
     """The same model behind the protocol. It is shared between tests, which a model that is never changed allows."""
-    return HookedHF(small_model(family, dtype, attention))
+    with _float32_is(*FLOAT32):  # whoever asks first may have widened it, and rotary angles are made with the model
+        return HookedHF(small_model(family, dtype, attention))
 
 
 def batch_of(family: str, ids: torch.Tensor) -> Batch:
