@@ -21,7 +21,7 @@ demo: $(INSTALLED)
 
 test: check
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 4
-	$(BIN)/python -m pytest -q --nbmake notebooks/first_patch.ipynb
+	$(BIN)/python -m pytest -q --nbmake --timeout 600 notebooks/first_patch.ipynb
 
 verify: check
 	$(BIN)/python -m pytest -q -m "slow or not slow" --timeout 1800 --hypothesis-profile full
