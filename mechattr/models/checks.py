@@ -10,6 +10,17 @@ from mechattr.models.images import marked
 from mechattr.models.rules import Rules
 
 
+def check_block(info: ModelInfo, layer: int) -> None:
+    """Whether a model has this block.
+
+    Raises:
+        SettingError: it has not.
+    """
+    if layer not in range(info.n_layers):
+        found = f"blocks 0 to {info.n_layers - 1}"
+        raise SettingError(f"the attention of block {layer}", found, "name an existing block")
+
+
 def check_batch(batch: Batch, info: ModelInfo, device: torch.device) -> None:
     """Whether a model can run a batch at all.
 

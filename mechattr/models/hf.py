@@ -16,7 +16,7 @@ from mechattr.models import cross, vision, weights
 from mechattr.models import tokenize as text
 from mechattr.models.anatomy import locate
 from mechattr.models.base import AttentionForm, Batch, Generation
-from mechattr.models.checks import check_batch, check_room
+from mechattr.models.checks import check_batch, check_block, check_room
 from mechattr.models.describe import describe
 from mechattr.models.dictionary import hash_of
 from mechattr.models.discovery import row_of
@@ -191,9 +191,7 @@ class HookedHF(Running):
         Raises:
             SettingError: no such block.
         """
-        if layer not in range(self.info.n_layers):
-            found = f"blocks 0 to {self.info.n_layers - 1}"
-            raise SettingError(f"the attention of block {layer}", found, "name an existing block")
+        check_block(self.info, layer)
         if self._forms is None:
             one = Batch.of(torch.zeros(1, 1, dtype=torch.long, device=self.device))
             if self.info.n_encoder_layers:

@@ -17,7 +17,7 @@ from mechattr.models import weights
 from mechattr.models.anatomy import locate
 from mechattr.models.architectures import family_of
 from mechattr.models.base import AttentionForm, Batch, Generation
-from mechattr.models.checks import check_batch
+from mechattr.models.checks import check_batch, check_block
 from mechattr.models.describe import describe
 from mechattr.models.dictionary import hash_of
 from mechattr.models.edits import Edit, Frame
@@ -104,9 +104,7 @@ class HookedLens(Running):
         Raises:
             SettingError: no such block.
         """
-        if layer not in range(self.info.n_layers):
-            found = f"blocks 0 to {self.info.n_layers - 1}"
-            raise SettingError(f"the attention of block {layer}", found, "name an existing block")
+        check_block(self.info, layer)
         module = self._anatomy.parts[layer]["attn"]
         scaling = float(getattr(module, "scaling", self.info.d_head**-0.5))
         softcap = getattr(module, "attn_logit_softcapping", None)

@@ -16,6 +16,7 @@ from mechattr.artifact import Cache
 from mechattr.errors import NonFiniteError, SelfCheckError, SettingError, UnsupportedFeatureError
 from mechattr.models import nnsight_remote as remotely
 from mechattr.models.base import AttentionForm, Batch, Generation, Metric, Run, Start, Visit
+from mechattr.models.checks import check_block
 from mechattr.models.edits import Edit, Frame
 from mechattr.models.families import Family
 from mechattr.models.greedy import continue_greedily
@@ -75,9 +76,7 @@ class HookedNNsight(Traced):
         Raises:
             SettingError: no such block.
         """
-        if layer not in range(self.info.n_layers):
-            found = f"blocks 0 to {self.info.n_layers - 1}"
-            raise SettingError(f"the attention of block {layer}", found, "name an existing block")
+        check_block(self.info, layer)
         if not self._forms:
             one = Batch.of(torch.zeros(1, 1, dtype=torch.long, device=self.device))
             forms = self._trace(one, _taps(one, record=expand("rot_q", self._sites)))["forms"]

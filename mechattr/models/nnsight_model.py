@@ -32,22 +32,7 @@ INSIDE = ("attn_scores", "pattern")  # what no fused kernel shows
 
 
 class Traced:
-    """A transformers model in the hands of nnsight: everything but its runs.
-
-    Args:
-        model: a transformers model, or an `nnsight.LanguageModel` or `TransformersModel`.
-        tokenizer: its tokenizer; by default that of the nnsight model.
-        name: what results call the model.
-        revision: the revision it was loaded at, if known.
-        remote: `False`, `"local"` or `True`.
-        family: where its sites are; by default its row of the table, or what `discover` finds.
-
-    Raises:
-        BackendError: nnsight is not installed, or no NDIF key with `remote=True`.
-        UnsupportedModelError: a family that cannot be described, or a model that a server cannot find.
-        SelfCheckError: a site that does not do what its name says.
-        ModelStateError: a model in training mode.
-    """
+    """A transformers model in the hands of nnsight: everything but its runs. Arguments and errors: `HookedNNsight`."""
 
     def __init__(
         self,
