@@ -9,6 +9,7 @@ KINDS: dict[str, str] = {
     "bound": "mechattr.patching.bound_result:Bound",
     "circuit": "mechattr.patching.circuit:Circuit",
     "comparison": "mechattr.evaluation.comparison:Comparison",
+    "decomposition": "mechattr.decomposition.result:Decomposition",
     "edge_attribution": "mechattr.patching.edge_artifact:EdgeAttribution",
     "faithfulness": "mechattr.evaluation.faithfulness:Faithfulness",
     "minimality": "mechattr.evaluation.minimality:Minimality",

@@ -27,6 +27,7 @@ class MethodRow:
             `batch_independent`: a batch gives what its prompts give one by one.
         page: the documentation page.
         command: the command of the command line that runs it, if there is one.
+        takes: `"pairs"`, a task, or `"prompts"`, texts or a batch.
     """
 
     name: str
@@ -36,6 +37,7 @@ class MethodRow:
     promises: frozenset[Promise]
     page: str
     command: str | None = None
+    takes: Literal["pairs", "prompts"] = "pairs"
 
 
 METHODS: Mapping[str, MethodRow] = MappingProxyType(

@@ -9,6 +9,7 @@ at the 99th percentile of |value|, and the clipped count is stated.
 
 from mechattr.draw.bars import drop_bars, drop_size
 from mechattr.draw.curves import bound_curve, discovery_curve, faithfulness_curve
+from mechattr.draw.decompositions import decomposition
 from mechattr.draw.graph import circuit_graph, graph_size, node_name
 from mechattr.draw.heatmap import head_map, position_map
 from mechattr.draw.results import attribution
@@ -23,6 +24,7 @@ __all__ = [
     "bound_curve",
     "circuit_graph",
     "colours",
+    "decomposition",
     "discovery_curve",
     "drop_bars",
     "drop_size",

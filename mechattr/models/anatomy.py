@@ -71,21 +71,25 @@ class Anatomy:
 
     def norm(self, name: str) -> Norm | None:
         """The norm through which attention (`"blocks.0.ln1"`), the MLP (`"blocks.0.ln2"`) or the unembedding
-        (`"ln_final"`) reads the residual stream; `None` where it is read as it is.
+        (`"ln_final"`) reads the residual stream, or the one behind attention (`"blocks.0.ln1_post"`) or the MLP
+        (`"blocks.0.ln2_post"`); `None` where there is none.
 
         Raises:
             UnknownNameError: no such norm.
-            UnsupportedFeatureError: a post-norm encoder, whose norms act on the stream itself.
+            UnsupportedFeatureError: a norm before a part of a post-norm encoder, where norms act on the stream itself.
         """
-        if self.family.post_norm:
+        names: dict[str, nn.Module | None] = {"ln_final": self.ends.get("final")}
+        for layer, parts in enumerate(self.parts):
+            first, second = parts.get("ln1"), parts.get("ln2")
+            names[f"blocks.{layer}.ln1"] = first
+            names[f"blocks.{layer}.ln2"] = first if second is None and self.family.parallel else second
+            for ln, write, own in (("ln1", "attn_out", first), ("ln2", "mlp_out", second)):
+                behind = own if self.family.post_norm else parts.get(write)
+                names[f"blocks.{layer}.{ln}_post"] = behind if behind is not None and is_norm(behind) else None
+        if self.family.post_norm and not name.endswith("_post"):
             raise UnsupportedFeatureError(
                 f"the norm {name}", "a post-norm encoder normalises the stream itself", "use a decoder"
             )
-        names: dict[str, nn.Module | None] = {"ln_final": self.ends.get("final")}
-        for layer, parts in enumerate(self.parts):
-            first = parts.get("ln1")
-            names[f"blocks.{layer}.ln1"] = first
-            names[f"blocks.{layer}.ln2"] = parts.get("ln2", first if self.family.parallel else None)
         if name not in names:
             raise UnknownNameError(f"norm {name!r}", "this model has no such norm", nearest(name, names))
         module = names[name]

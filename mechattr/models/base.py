@@ -154,7 +154,9 @@ class HookedModel(Protocol):
 
     def norm(self, name: str) -> Norm | None:
         """The norm through which a block's attention (`"blocks.0.ln1"`), its MLP (`"blocks.0.ln2"`) or the unembedding
-        (`"ln_final"`) reads the residual stream; `None` where it is read as it is."""
+        (`"ln_final"`) reads the residual stream; `None` where it is read as it is. `"blocks.0.ln1_post"` and
+        `"blocks.0.ln2_post"` are those behind attention and MLP: on what they write, or, in a post-norm encoder, on the
+        stream after the addition; `None` where there are none."""
         ...
 
     def attention(self, layer: int) -> AttentionForm:

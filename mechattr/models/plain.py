@@ -123,7 +123,8 @@ class HookedPlain(Running):
         Raises:
             UnknownNameError: no such norm.
         """
-        known = ["ln_final", *(f"blocks.{i}.{ln}" for i in range(self.config.n_layers) for ln in ("ln1", "ln2"))]
+        places = ("ln1", "ln2", "ln1_post", "ln2_post")
+        known = ["ln_final", *(f"blocks.{i}.{ln}" for i in range(self.config.n_layers) for ln in places)]
         if name not in known:
             raise UnknownNameError(f"norm {name!r}", "this model has no such norm", nearest(name, known))
         if f"{name}.w" not in self._weights:

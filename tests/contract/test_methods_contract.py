@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import random
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import pytest
 import torch
 from backends import backend_model
 from contract_cases import CASES, NO_EDGES, Case, Heads, assert_equal, call, combined, renamed, tables, tolerance
+from contract_state import state
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from patching_cases import PLAIN, SIZES, hf, pairs_task, plain, repadded, shorts
@@ -45,45 +44,21 @@ def model_of(kind: str) -> Any:
     return plain(kind) if kind in PLAIN else hf(kind)
 
 
-def state(model: Any, task: Any) -> tuple[Any, ...]:
-    """What no method may change."""
-    tokens = [batch.tokens.tolist() for batch in (task.clean, task.corrupt)]
-    seeds = torch.get_rng_state().tolist(), random.getstate()
-    if isinstance(model, HookedPlain):
-        weights = {name: tensor for name, tensor in model._weights.items()}
-        rest: tuple[Any, ...] = ()
-    else:
-        weights = model.model.state_dict()
-        rest = tuple(
-            (
-                name,
-                len(m._forward_hooks),
-                len(m._forward_pre_hooks),
-                len(m._backward_hooks),
-                m.training,
-                sorted(name for name in m.__dict__ if not name.startswith("_fired_")),  # notes of TransformerLens
-            )
-            for name, m in model.model.named_modules()
-        )
-        rest += (model.config._attn_implementation, [p.requires_grad for p in model.model.parameters()])
-        rest += ([p.grad for p in model.model.parameters()],)
-    digest = hashlib.sha256()
-    for name, tensor in sorted(weights.items()):
-        digest.update(name.encode() + tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest(), tokens, task.hash(), seeds, rest
+def state_of(model: Any, task: Any) -> tuple[Any, ...]:
+    return *state(model, (task.clean, task.corrupt)), task.hash()
 
 
 def test_every_method_is_held_to_the_contract() -> None:
-    assert {case.method for case in CASES.values()} == set(METHODS)
+    assert {case.method for case in CASES.values()} == {name for name, row in METHODS.items() if row.takes == "pairs"}
 
 
 @KINDS
 @EVERY
 def test_nothing_is_changed_and_the_same_call_gives_the_same_bits(case: Case, kind: str) -> None:
     model, task = model_of(kind), pairs_task(model_of(kind))
-    before = copy.deepcopy(state(model, task))
+    before = copy.deepcopy(state_of(model, task))
     first, second = call(case, model, task), call(case, model, task)
-    assert state(model, task) == before
+    assert state_of(model, task) == before
     assert first.settings == second.settings and first.provenance == second.provenance
     assert_equal(tables(first), tables(second), 0)
 
@@ -180,9 +155,9 @@ def test_padding_on_either_side_changes_nothing(case: Case, kind: str, positions
 def test_backends_agree(case: Case, kind: str) -> None:
     model, other = families.hooked(kind.rpartition("-")[2]), model_of(kind)
     task = pairs_task(other)
-    before = copy.deepcopy(state(other, task))
+    before = copy.deepcopy(state_of(other, task))
     found, expected = call(case, other, task), call(case, model, pairs_task(model))
-    assert state(other, task) == before
+    assert state_of(other, task) == before
     assert_equal(tables(found), tables(expected), tolerance(other, task, found))
 
 

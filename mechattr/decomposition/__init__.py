@@ -1,0 +1,24 @@
+"""Where a prediction comes from: a logit taken apart over tokens, heads, layers and components, in sums that close."""
+
+from __future__ import annotations
+
+from mechattr.decomposition.parts import AttentionParts, MlpParts, attention_parts, mlp_parts
+from mechattr.decomposition.prompt import Prompt, prompt_of
+from mechattr.decomposition.readout import Readout, readout
+from mechattr.decomposition.result import Decomposition
+from mechattr.decomposition.target import Target, target_of, token_id
+
+__all__ = [
+    "AttentionParts",
+    "Decomposition",
+    "MlpParts",
+    "Prompt",
+    "Readout",
+    "Target",
+    "attention_parts",
+    "mlp_parts",
+    "prompt_of",
+    "readout",
+    "target_of",
+    "token_id",
+]

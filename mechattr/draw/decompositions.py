@@ -1,0 +1,52 @@
+"""Pictures of decompositions: what `Decomposition.plot` shows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mechattr.draw.style import array, style
+from mechattr.draw.tokens import spell
+from mechattr.errors import SettingError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from mechattr.decomposition.result import Decomposition
+
+_OVER_TOKENS = ("pos", "query", "key")
+
+
+def decomposition(result: Decomposition, ax: Axes | None = None) -> Axes:
+    """The main table of a result of one prompt: bars over its tokens or components.
+
+    Args:
+        result: of one prompt.
+        ax: axes to draw into; pyplot's new figure without it, so that a notebook shows it.
+
+    Raises:
+        SettingError: a result of several prompts, or a table with several axes.
+    """
+    table = result.main
+    if "batch" in table.axes:
+        if len(result.strings) > 1:
+            found = f"{len(result.strings)} prompts"
+            raise SettingError("a plot of a decomposition", found, "decompose one prompt, or plot .sel(batch=0)")
+        table = table.sel(batch=0)
+    if len(table.axes) != 1:
+        raise SettingError("bars", f"a table with axes {', '.join(table.axes)}", "choose one row with .sel(...)")
+    values, (axis,) = array(table), table.axes
+    over = axis in _OVER_TOKENS
+    labels = [spell(token, longest=14) for token in result.strings[0]] if over else list(map(str, table.coords[axis]))
+    if ax is None:
+        import matplotlib.pyplot as plt
+
+        with style():
+            ax = plt.figure(figsize=(5.6, 1.2 + 0.22 * len(values)), layout="constrained").add_subplot()
+    ax.barh(np.arange(len(values)), values, color=np.where(values >= 0, "#2166ac", "#b2182b"))
+    ax.set_yticks(np.arange(len(values)), labels)
+    ax.invert_yaxis()
+    ax.axvline(0, color="#222222", linewidth=0.8)
+    ax.set_xlabel("logit")
+    return ax

@@ -1,0 +1,64 @@
+"""How the contract tests call each method that takes prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
+
+import families
+from patching_cases import plain
+
+from mechattr.base import Artifact
+from mechattr.decomposition.result import Decomposition
+from mechattr.methods import METHODS
+from mechattr.models import Batch
+
+PLAIN = ("gpt2_like", "llama_like")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptCase:
+    """How a method is called.
+
+    Attributes:
+        method: its name.
+        settings: small ones.
+        targeted: whether it takes `target` and `foil`.
+        result: the kind of its result.
+        refuses: families that it must refuse, with the words of the refusal.
+        total: the table whose sum is the explained logit, for methods that promise `complete`; entries of it that are
+            the total itself are left out by `total_without`.
+        backends: other backends on which it must run; on the others it must raise a typed refusal.
+    """
+
+    method: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    targeted: bool = True
+    result: type[Artifact] = Decomposition
+    refuses: Mapping[str, str] = field(default_factory=dict)
+    total: str = "components"
+    total_without: tuple[str, ...] = ()
+    backends: tuple[str, ...] = ("lens-gpt2", "nnsight-gpt2")
+
+
+CASES: dict[str, PromptCase] = {}
+
+
+def call(case: PromptCase, model: Any, prompt: Any, **settings: Any) -> Any:
+    """A method's result; of targets 5 and foils 7 where it takes them."""
+    module, name = METHODS[case.method].function.split(":")
+    targets = {"target": 5, "foil": 7} if case.targeted else {}
+    return getattr(import_module(module), name)(model, prompt, **{**targets, **case.settings, **settings})
+
+
+def rows_of(model: Any, side: str = "right") -> Batch:
+    """Three rows of 7, 4 and 5 tokens."""
+    batch = families.ragged(side)
+    return Batch.of(batch.tokens % model.info.d_vocab, batch.mask)
+
+
+def model_of(kind: str) -> Any:
+    """A model in float64 where it is plain, else in float32."""
+    return plain(kind) if kind in PLAIN else families.hooked(kind)
