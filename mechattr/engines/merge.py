@@ -60,18 +60,22 @@ def merged(task: Task, results: Sequence[tuple[Part, Artifact]], fingerprint: Ma
         MismatchError: blocks of different models, settings or versions, or that do not cover the task.
     """
     first = results[0][1]
-    _check_origin(results, fingerprint)
+    check_origin([(part, result.provenance) for part, result in results], {**first.provenance, **fingerprint})
     names = dict.fromkeys(name for _, result in results for name in result.tensors)
     tensors = {name: _table(name, task, results) for name in names}
-    tokens = torch.cat([task.clean.tokens.flatten(), task.corrupt.tokens.flatten()])
+    tokens = torch.cat([task.clean.content.flatten(), task.corrupt.content.flatten()])
     made = {**first.provenance, "tokens_sha256": provenance({}, tokens=tokens)["tokens_sha256"]}
     return type(first)(tensors, settings=_settings(task, results), provenance=made)
 
 
-def _check_origin(results: Sequence[tuple[Part, Artifact]], fingerprint: Mapping[str, str]) -> None:
-    expected = {**results[0][1].provenance, **fingerprint}
-    for part, result in results:
-        differ = [k for k in expected if k != "tokens_sha256" and result.provenance.get(k) != expected[k]]
+def check_origin(made: Sequence[tuple[Part, Mapping[str, Any]]], expected: Mapping[str, Any]) -> None:
+    """Checks the provenance of every block, the tokens aside.
+
+    Raises:
+        MismatchError: a block was made with another model or other versions than expected.
+    """
+    for part, found in made:
+        differ = [k for k in expected if k != "tokens_sha256" and found.get(k) != expected[k]]
         if differ:
             raise MismatchError(
                 f"to put {part} to the others",

@@ -20,7 +20,7 @@ def packed(artifact: Artifact) -> dict[str, Any]:
         name: {
             "axes": list(table.axes),
             "coords": {axis: list(values) for axis, values in table.explicit_coords.items()},
-            **_bytes(table.values),
+            **bytes_of(table.values),
         }
         for name, table in artifact.tensors.items()
     }
@@ -33,12 +33,13 @@ def unpacked(document: dict[str, Any]) -> Artifact:
     module, name = KINDS[document["kind"]].split(":")
     kind: type[Artifact] = getattr(importlib.import_module(module), name)
     tensors = {
-        name: Labelled(_tensor(table), table["axes"], table["coords"]) for name, table in document["tensors"].items()
+        name: Labelled(tensor_of(table), table["axes"], table["coords"]) for name, table in document["tensors"].items()
     }
     return kind(tensors, settings=document["settings"], provenance=document["provenance"])
 
 
-def _bytes(values: Tensor) -> dict[str, Any]:
+def bytes_of(values: Tensor) -> dict[str, Any]:
+    """A tensor as JSON."""
     flat = values.detach().cpu().contiguous().flatten().view(torch.uint8)
     return {
         "dtype": str(values.dtype).removeprefix("torch."),
@@ -47,7 +48,8 @@ def _bytes(values: Tensor) -> dict[str, Any]:
     }
 
 
-def _tensor(table: dict[str, Any]) -> Tensor:
+def tensor_of(table: dict[str, Any]) -> Tensor:
+    """The tensor in a document of `bytes_of`."""
     flat = torch.empty(table["shape"], dtype=getattr(torch, table["dtype"]))
     if flat.numel():
         data = bytearray(base64.b64decode(table["data"]))

@@ -20,6 +20,8 @@ from torch import Tensor
 
 from mechattr.artifact import Passes
 from mechattr.base import Artifact
+from mechattr.engines.executors import Executor
+from mechattr.engines.spread import Pairs
 from mechattr.evaluation.scale import (
     check_draws,
     check_graph,
@@ -195,6 +197,7 @@ def faithfulness(
     batch_size: int | None = None,
     progress: bool | None = None,
     resume: Path | None = None,
+    executor: str | Executor | None = None,
 ) -> Faithfulness:
     r"""Measures how much of the behaviour circuits keep when every edge outside them is ablated.
 
@@ -223,6 +226,8 @@ def faithfulness(
         batch_size: rows of a forward pass; it halves itself when memory runs out.
         progress: `None` shows a bar on a terminal only.
         resume: a journal; a run that was killed goes on from it and returns the same result.
+        executor: `"ray"`, `"inprocess"` or an executor, to run the pairs block by block elsewhere; see `docs/scale.md`.
+            Blocks give the metric of each pair, and f is taken once, from the means over all of them.
 
     Raises:
         SettingError: the metric is the same with all edges and with none, so that f is undefined; or an unusable
@@ -233,6 +238,7 @@ def faithfulness(
         UnsupportedFeatureError: a model whose heads have no writes of their own.
         EmptyTaskError: no pairs.
         NonFiniteError: a run has NaN or infinity.
+        ExecutorError: a block failed for good.
 
     Cost:
         2 (1 + random) forward passes a pair and size, and 3 a pair (2 with zero); circuits that are the same, such as
@@ -246,11 +252,12 @@ def faithfulness(
     check_draws(random, seed)
     check_kind(edges, (Circuit, EdgeAttribution))
     way = scored_direction(edges, direction)
+    blocks = Pairs.on(model, task, executor)
     run = EdgeRun(model, task, direction=way, ablation=ablation, batch_size=batch_size)
     check_graph(run, edges)
     asked, how = asked_circuits(edges, sizes, by, method)
     circuits, masks = with_random(asked, run.graph.mask, random, seed)
-    found = run.metrics(masks, progress=progress, resume=resume, label="faithfulness")
+    found = run.metrics(masks, progress=progress, resume=resume, label="faithfulness", blocks=blocks)
     whole, empty = found[0], found[1]
     by_size = found[2:].unflatten(0, (len(circuits), 1 + random, 2))  # [size, draw, circuit or complement, pair]
     f = ratio(by_size, whole, empty, model)
@@ -281,6 +288,7 @@ def faithfulness(
         random=random,
         seed=seed,
         **how,
+        **({} if blocks is None else blocks.said),
     )
     return Faithfulness(tensors, settings=settings, provenance=provenance_of(model, task))
 

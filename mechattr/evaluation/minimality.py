@@ -11,6 +11,8 @@ import torch
 
 from mechattr.artifact import Passes
 from mechattr.base import Artifact
+from mechattr.engines.executors import Executor
+from mechattr.engines.spread import Pairs
 from mechattr.evaluation.scale import check_draws, check_graph, check_kind, doubt, gap_of, ratio, scored_direction
 from mechattr.evaluation.trials import ARROW, taken_apart
 from mechattr.labelled import Labelled
@@ -113,6 +115,7 @@ def minimality(
     batch_size: int | None = None,
     progress: bool | None = None,
     resume: Path | None = None,
+    executor: str | Executor | None = None,
 ) -> Minimality:
     r"""Measures how much faithfulness a circuit loses with each of its parts.
 
@@ -134,6 +137,8 @@ def minimality(
         batch_size: rows of a forward pass; it halves itself when memory runs out.
         progress: `None` shows a bar on a terminal only.
         resume: a journal; a run that was killed goes on from it and returns the same result.
+        executor: `"ray"`, `"inprocess"` or an executor, to run the pairs block by block elsewhere; see `docs/scale.md`.
+            Blocks give the metric of each pair, and f is taken once, from the means over all of them.
 
     Raises:
         EmptyTaskError: no pairs, or a circuit without such parts.
@@ -143,6 +148,7 @@ def minimality(
         UnknownNameError: no such unit, ablation or direction.
         UnsupportedFeatureError: a model whose heads have no writes of their own.
         NonFiniteError: a run has NaN or infinity.
+        ExecutorError: a block failed for good.
 
     Cost:
         1 forward pass a pair and part of the circuit and of each random one, and 4 + random a pair (3 + random with
@@ -155,10 +161,11 @@ def minimality(
     check_draws(random, seed)
     check_kind(circuit, (Circuit,))
     way = scored_direction(circuit, direction)
+    blocks = Pairs.on(model, task, executor)
     run = EdgeRun(model, task, direction=way, ablation=ablation, batch_size=batch_size)
     check_graph(run, circuit)
     without, masks = taken_apart(circuit, run.graph.mask, unit, random, seed)
-    found = run.metrics(masks, progress=progress, resume=resume, label="minimality")
+    found = run.metrics(masks, progress=progress, resume=resume, label="minimality", blocks=blocks)
     f = ratio(found[2:], found[0], found[1], model)
     wholes, rest = f[: 1 + random], f[1 + random :].split([len(parts) for parts in without])
     drops = [whole - part for whole, part in zip(wholes, rest, strict=True)]
@@ -186,5 +193,6 @@ def minimality(
         gap=gap_of(found[0], found[1]),
         random=random,
         seed=seed,
+        **({} if blocks is None else blocks.said),
     )
     return Minimality(tensors, settings=settings, provenance=provenance_of(model, task))

@@ -7,21 +7,25 @@ all other nodes are patched together, and the difference in means with and witho
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 from tqdm.auto import tqdm
 
 from mechattr.artifact import Attribution
+from mechattr.engines.executors import Executor
+from mechattr.engines.spread import Pairs
 from mechattr.engines.subsampling import planned_looks
 from mechattr.engines.sweep import Journal
 from mechattr.labelled import Labelled
 from mechattr.models.base import HookedModel
+from mechattr.patching.bound_blocks import BlockSets, Prompts
 from mechattr.patching.bound_plan import plan_of_bound
 from mechattr.patching.bound_result import Bound
+from mechattr.patching.interventions import rows_of
 from mechattr.patching.places import Positions, check_call
-from mechattr.patching.sampling import CHUNK, Sampling
+from mechattr.patching.sampling import CHUNK, Draws, Sampling, chunk_effects
 from mechattr.patching.sets import Sets
 from mechattr.patching.settings import provenance_of, settings_of
 from mechattr.sites import Node
@@ -46,6 +50,7 @@ def missed_effect_bound(
     batch_size: int | None = None,
     progress: bool | None = None,
     resume: Path | None = None,
+    executor: str | Executor | None = None,
 ) -> Bound:
     r"""Bounds the effects of all nodes that were not verified, by patching random subsets of them together.
 
@@ -97,6 +102,8 @@ def missed_effect_bound(
             goes on from it, too, and returns what it would have returned alone, unless a `target` was given: its looks
             are planned from the budget. To enlarge the budget because of the bound that was found is one more look,
             which the confidence does not account for.
+        executor: `"ray"`, `"inprocess"` or an executor, to run the prompts and samples of the pairs block by block
+            elsewhere; see `docs/scale.md`. The same samples are drawn. A journal then belongs to one budget.
 
     Returns:
         The bound. `theta` is infinite where the budget gave a node fewer than two samples.
@@ -111,11 +118,13 @@ def missed_effect_bound(
         EmptyTaskError: no pairs.
         NonFiniteError: a sample whose metric is NaN or infinite.
         OutputExistsError: the journal belongs to another run.
+        ExecutorError: a block failed for good.
 
     Cost:
         2 forward passes a pair and at most one a sample, whatever the number of nodes; with `control` 1 forward and 1
         backward pass more a pair. Memory besides what patching records: for a node a few bytes for each of 128 samples,
-        statistics (with `per_pair` of each pair), and with `control` 8 bytes a pair.
+        statistics (with `per_pair` of each pair), and with `control` 8 bytes a pair. With `executor` 2 forward passes
+        a pair more for each look, and a journal of about 12 bytes for each node and pair (1 without `control`).
 
     References:
         Kramár et al. 2024, AtP*, arXiv:2403.00745 (the diagnostic); Welch 1947, Biometrika 34.
@@ -137,33 +146,45 @@ def missed_effect_bound(
         positions=positions,
     )
     known, table, done, samples = plan.known, plan.table, plan.done, plan.samples
-    sets = Sets(model, task, table, plan.mode, plan.way, batch_size=batch_size)
-    moved = sets.moved.any(0)
-    free = (moved & ~done).nonzero()[:, 0]
-    run = Sampling(sets, free, p, seed, samples if len(free) else 0, per_pair=per_pair, control=control)
-    extra = 0 if run.estimates is None else len(task)
     sizes = [samples] if target is None else planned_looks(samples, p / plan.strata)
     looks = sorted({min(samples, -(-size // CHUNK) * CHUNK) for size in sizes})
+    rows = rows_of(task.clean, batch_size)
     key = {
         "task": task.hash(),
         "direction": plan.way,
         "nodes": table.hash(),
-        "unverified": hashlib.sha256(free.numpy().tobytes()).hexdigest(),
-        "rows": sets.rows,
+        "unverified": hashlib.sha256((~done).numpy().tobytes()).hexdigest(),
+        "rows": rows,
         "samples": {"p": p, "seed": seed, "per_pair": per_pair},
         "looks": None if target is None else looks,  # a larger budget would add looks that nobody planned
-        **model.fingerprint(),
     }
+    blocks = Pairs.on(model, task, executor)
+    sets: Sets | BlockSets
+    if blocks is None:
+        sets = Sets(model, task, table, plan.mode, plan.way, batch_size=rows)
+    else:
+        journal = blocks.journal(resume, {**key, "looks": looks, "control": control})
+        prompts = Prompts(table=table, mode=plan.mode, way=plan.way, rows=rows, control=control)
+        sets = BlockSets(blocks, prompts, journal, progress)
+    moved = sets.moved.any(0)
+    free = (moved & ~done).nonzero()[:, 0]
+    run = Sampling(sets, free, p, seed, samples if len(free) else 0, per_pair=per_pair, control=control)
+    extra = len(task) if control and (len(free) or blocks is not None) else 0
     taken = 0
     if len(free):
-        journal, ends = Journal(resume, key), [-(-size // CHUNK) for size in looks]
-        off = None if progress is None else not progress
+        effects = (
+            sets.effects
+            if isinstance(sets, BlockSets)
+            else partial(_journalled, sets, Journal(resume, {**key, **model.fingerprint()}))
+        )
+        ends = [-(-size // CHUNK) for size in looks]
+        off = True if blocks else None if progress is None else not progress  # blocks have bars of their own
         with tqdm(total=ends[-1], desc="bound on missed effects", disable=off) as bar:
-            for end in ends:
-                for chunk in range(len(run.values), end):
-                    run.take(journal.numbers(chunk, partial(run.compute, chunk), run.size(chunk)))
+            for look, end in enumerate(ends, start=1):
+                for values in effects(run.draws, range(len(run.values), end), look):
+                    run.take(values)
                     bar.update()
-                taken += 1
+                taken = look
                 if target is not None and float(run.contrast().upper((1 - confidence) / len(looks)).max()) <= target:
                     break
     settings = settings_of(
@@ -190,8 +211,15 @@ def missed_effect_bound(
         budget_needed=plan.needed,
         looks_planned=len(looks),
         looks_taken=taken,
+        **({} if blocks is None else blocks.said),
     )
     tensors = run.labelled()
     if known.effects is not None and len(known.effects):
         tensors["verified"] = Labelled(known.effects.sort(descending=True).values, ("rank",))
     return Bound(tensors, settings=settings, provenance=provenance_of(model, task))
+
+
+def _journalled(sets: Sets, journal: Journal, draws: Draws, chunks: range, _look: int) -> Iterator[list[float]]:
+    """The effects of the sets of each chunk, from the journal or run now."""
+    for chunk in chunks:
+        yield journal.numbers(chunk, partial(chunk_effects, sets, draws, chunk), draws.size(chunk))

@@ -15,12 +15,14 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from mechattr.engines.merge import Part
+from mechattr.engines.spread import Pairs
 from mechattr.engines.sweep import sweep
 from mechattr.errors import UnknownNameError, nearest
 from mechattr.models.base import Batch, HookedModel
@@ -38,6 +40,7 @@ from mechattr.patching.places import (
 )
 from mechattr.patching.recording import recorded
 from mechattr.patching.wiring import SiteReaders, Wiring, check_keep
+from mechattr.tasks.block import whole_of
 from mechattr.tasks.task import Task
 
 Ablation = Literal["resample", "mean", "zero"]
@@ -86,6 +89,7 @@ class EdgeRun:
         self.graph = self.wiring.graph
         places_of(task, "all")  # raises where the two prompts of a pair are padded differently
         self.base, self.source = base_and_source(task, self.direction)
+        self._every = base_and_source(whole_of(task), self.direction)[1]  # what means are taken over
         width = self.base.tokens.shape[1]
         self.rows = rows_at_once(batch_size, min(self.wiring.rows(width), max(8, TOKENS_AT_ONCE // width)))
         self.forward = 0  # forward passes so far, in prompt rows
@@ -113,6 +117,7 @@ class EdgeRun:
         progress: bool | None = False,
         resume: Path | None = None,
         label: str = "edges cut",
+        blocks: Pairs | None = None,
     ) -> Float[Tensor, "circuit pair"]:
         """The metric of each pair with each of several circuits; float64. Circuits that are the same run once.
 
@@ -121,16 +126,28 @@ class EdgeRun:
             progress: `None` shows a bar on a terminal only.
             resume: a journal; a sweep that was killed goes on from it and returns the same result.
             label: what the bar says.
+            blocks: the pairs on an executor, which then runs them.
 
         Raises:
-            MismatchError: masks of another graph.
+            MismatchError: masks of another graph, or workers with another model.
             NonFiniteError: a run has NaN or infinity.
             OutputExistsError: the journal belongs to another sweep.
+            ExecutorError: a block failed for good.
 
         Cost:
-            1 forward pass a pair and different circuit, and 1 a pair for the ablated values; see `metric`.
+            1 forward pass a pair and different circuit, and 1 a pair for the ablated values; see `metric`. Means are
+            taken anew in each block.
         """
         cut, which = self.different(keep)
+        digest = hashlib.sha256(cut.cpu().numpy().tobytes()).hexdigest()
+        key = {"task": self.task.hash(), "direction": self.direction, "ablation": self.ablation, "cut": digest}
+        if blocks is not None:
+            work = _Cuts(self.direction, self.ablation, self.rows, ~cut.cpu())
+            results = blocks.each(
+                work, blocks.journal(resume, {**key, "rows": self.rows}), label=label, progress=progress
+            )
+            self.forward += sum(result["forward"] for _, result in results)
+            return torch.cat([torch.tensor(r["metrics"], dtype=torch.float64) for _, r in results], 1)[which]
         parts = chunks(len(self.base), PAIRS_AT_ONCE)
         made: list[Tensor] = []
 
@@ -142,8 +159,6 @@ class EdgeRun:
                 made.extend(chunk.combos for chunk in group)
                 yield group
 
-        digest = hashlib.sha256(cut.cpu().numpy().tobytes()).hexdigest()
-        key = {"task": self.task.hash(), "direction": self.direction, "ablation": self.ablation, "cut": digest}
         found = sweep(
             groups(),
             lambda chunk: finite(
@@ -189,11 +204,11 @@ class EdgeRun:
 
     def _mean(self) -> dict[str, Tensor]:
         """By full name the mean over prompts at each position [pos, ...]."""
-        longest = int(self.source.lengths.max())
-        count = (torch.arange(longest, device=self.source.device)[:, None] < self.source.lengths).sum(1)
+        longest = int(self._every.lengths.max())
+        count = (torch.arange(longest, device=self._every.device)[:, None] < self._every.lengths).sum(1)
         sums: dict[str, Tensor] = {}
-        for pairs in chunks(len(self.source), self.rows):
-            batch = self.source.rows(pairs)
+        for pairs in chunks(len(self._every), self.rows):
+            batch = self._every.rows(pairs)
             for name, x in self._record(batch).items():
                 wide = torch.promote_types(x.dtype, torch.float32)
                 total = sums.setdefault(name, x.new_zeros((longest, *x.shape[2:]), dtype=wide))
@@ -212,6 +227,20 @@ class EdgeRun:
         assert value is not None  # a metric was given
         found: list[float] = value.tolist()
         return found
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class _Cuts:
+    """The metrics of a block's pairs with each of several circuits, in a worker."""
+
+    direction: str
+    ablation: str
+    rows: int
+    keep: Tensor
+
+    def __call__(self, model: HookedModel, block: Task, _part: Part) -> dict[str, Any]:
+        run = EdgeRun(model, block, direction=self.direction, ablation=self.ablation, batch_size=self.rows)
+        return {"metrics": run.metrics(self.keep).tolist(), "forward": run.forward}
 
 
 @dataclass(frozen=True, eq=False, slots=True)

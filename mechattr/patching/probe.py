@@ -20,7 +20,7 @@ from mechattr.patching.graph import Graph
 from mechattr.patching.interventions import PAIRS_AT_ONCE, rows_of
 from mechattr.patching.nodes import every_node
 from mechattr.patching.places import Positions, places_of
-from mechattr.patching.sampling import CHUNK, Sampling
+from mechattr.patching.sampling import CHUNK, Sampling, chunk_effects
 from mechattr.patching.sets import GRADIENTS_AT_ONCE, Sets
 from mechattr.tasks.task import Task
 
@@ -136,7 +136,7 @@ def probe_sets(
 
     def sample() -> None:
         try:
-            kept[1].compute(0)
+            chunk_effects(kept[0], kept[1].draws, 0)
         except _Enough:  # after the first batch
             return
 

@@ -147,8 +147,8 @@ def localise(
         batch_size: prompt rows of one forward pass.
         overwrite: replace the result of other settings.
         progress: show progress bars.
-        executor: `"ray"`, `"inprocess"` or an executor, to run estimates, checks and edges block by block elsewhere;
-            the bound and the test of the circuit run here.
+        executor: `"ray"`, `"inprocess"` or an executor, to run estimates, checks, the bound, edges and the test of the
+            circuit block by block elsewhere.
 
     Returns:
         The results and the path of the report.
@@ -215,8 +215,8 @@ def localise(
         )
         whole_exact = _step(folder, record, "whole_exact", lambda: check("whole_exact", sites=whole, positions="all"))
         if bound != 0:
-            journal = folder / PARTIAL["bound"]
-            chance: dict[str, Any] = {"sites": sites, "budget": bound, "seed": seed, "resume": journal, **rows}
+            journal = spread("bound") or {"resume": folder / PARTIAL["bound"]}
+            chance: dict[str, Any] = {"sites": sites, "budget": bound, "seed": seed, **journal, **rows}
             bounding = partial(missed_effect_bound, model, task, verified=exact, progress=progress, **chance)
             found["bound"] = _step(folder, record, "bound", bounding)
         if circuit:
@@ -225,7 +225,7 @@ def localise(
             )
             found["edges"] = edges
             found["circuit"] = _step(folder, record, "circuit", lambda: extracted(edges, circuit))
-            testing = partial(faithfulness, model, task, edges, seed=seed, **bars, **rows)
+            testing = partial(faithfulness, model, task, edges, seed=seed, **spread("faithfulness"), **bars, **rows)
             found["faithfulness"] = _step(folder, record, "faithfulness", testing)
     return _write(folder, Results(record, attribution, exact, whole_attribution, whole_exact, **found))
 

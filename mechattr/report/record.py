@@ -24,7 +24,9 @@ ARTIFACTS = {
 BOUND = {"bound": "bound.safetensors"}
 CIRCUIT = {"edges": "edges.safetensors", "circuit": "circuit.safetensors", "faithfulness": "faithfulness.safetensors"}
 PARTIAL = {"exact": "exact.partial", "whole_exact": "whole_exact.partial", "bound": "bound.partial"}
-BLOCKS = {name: f"{name}.blocks" for name in (*ARTIFACTS, "edges")}  # journals of work that is spread
+BLOCKS = {
+    name: f"{name}.blocks" for name in (*ARTIFACTS, *BOUND, "edges", "faithfulness")
+}  # journals of work that is spread
 TABLE, REPORT, FIGURES = "table.csv", "report.html", "figures"
 N_SAMPLES = 2
 N_ANSWERS = 3  # of each pair, where a set of answers counts

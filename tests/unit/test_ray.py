@@ -36,7 +36,11 @@ def test_a_cluster_is_started_and_shut_down_again_and_gives_the_same_bits(ray: A
         executor = RayExecutor(workers=2, pairs=2)
         with executor.session():
             assert ray.cluster_resources()["CPU"] == 2
-            for case in (CASES["attribution_patching"], CASES["activation_patching"], CASES["edge_attribution"]):
+            for name in (
+                "attribution_patching", "activation_patching", "edge_attribution",
+                "faithfulness", "minimality", "missed_effect_bound",
+            ):  # fmt: skip
+                case = CASES[name]
                 found = call(case, model, task, executor=executor)
                 assert_equal(tables(found), tables(call(case, model, task, executor=InProcess(pairs=2))), 0)
                 assert found.settings["executor"]["name"] == "ray"

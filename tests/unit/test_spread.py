@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from contract_cases import CASES, assert_equal, call, tables
+from contract_cases import CASES, assert_equal, call, tables, verified
 from patching_cases import hf, pairs_task, plain
 from torch import Tensor
 
@@ -43,6 +43,9 @@ SPREAD = {
     "causal_tracing",
     "edge_attribution",
     "edge_patching",
+    "faithfulness",
+    "minimality",
+    "missed_effect_bound",
     "path_patching",
 }
 ROUNDING = 1e-12  # float64: blocks add the same numbers in another order
@@ -74,7 +77,11 @@ class FirstFails:
         return self.function(part)
 
 
-def test_every_method_that_is_a_mean_over_pairs_takes_an_executor() -> None:
+class Stop(BaseException):
+    """Ends a run as a signal would."""
+
+
+def test_every_method_that_is_put_together_from_pairs_takes_an_executor() -> None:
     taking = set()
     for name in METHODS:
         keywords = inspect.signature(getattr(ma, name)).parameters
@@ -82,8 +89,8 @@ def test_every_method_that_is_a_mean_over_pairs_takes_an_executor() -> None:
     assert taking == SPREAD
     pairs = {name: row for name, row in METHODS.items() if row.takes == "pairs"}
     means = {name for name, row in pairs.items() if "batch_independent" in row.promises}
-    # ratios of means are no means; ablation is one once its references are those of the whole task
-    assert taking == means - {"faithfulness", "minimality"} | {"ablation"}
+    # ablation and the bound depend on other pairs through references and samples, which are those of the whole task
+    assert taking == means | {"ablation", "missed_effect_bound"}
 
 
 @pytest.mark.parametrize("lengths", ((5,) * 5, (5, 6, 5, 7, 6)), ids=("aligned", "ragged"))
@@ -93,8 +100,9 @@ def test_blocks_of_unequal_size_give_what_one_call_gives(case: Any, lengths: tup
         lengths = (5,) * 5
     model = plain("llama_like")
     task = pairs_task(model, lengths)
-    whole = call(case, model, task)
-    cut = call(case, model, task, executor=InProcess(pairs=2, nodes=7))
+    named = {"positions": "named"} if case.inputs is verified and lengths != (5,) * 5 else {}
+    whole = call(case, model, task, **named)
+    cut = call(case, model, task, **named, executor=InProcess(pairs=2, nodes=7))
     assert_equal(tables(cut), tables(whole), ROUNDING)
     assert [table.coords for table in cut.tensors.values()] == [table.coords for table in whole.tensors.values()]
     assert cut.provenance == whole.provenance
@@ -102,6 +110,7 @@ def test_blocks_of_unequal_size_give_what_one_call_gives(case: Any, lengths: tup
     assert said["name"] == "inprocess" and said["pairs"] == 2 and said["blocks"] >= 3
     assert said["nodes"] == (7 if case.method in ("activation_patching", "ablation") else None)
     rounded = {"clean_metric", "corrupt_metric", "noised_metric", "completeness", "passes"}
+    rounded |= {"faithfulness", "gap", "whole", "empty"}
     exact = cut.settings.keys() - rounded - {"executor"}
     assert cut.settings.keys() - {"executor"} == whole.settings.keys()
     assert {name: cut.settings[name] for name in exact} == {name: whole.settings[name] for name in exact}
@@ -117,7 +126,8 @@ def test_without_node_blocks_the_passes_are_those_of_one_call(case: Any) -> None
     task = pairs_task(model)
     whole, cut = call(case, model, task), call(case, model, task, executor=InProcess(pairs=2))
     extra = 3.0 if case.settings.get("kind", "mean") == "mean" and case.method == "ablation" else 0.0
-    # the second block runs the three reference prompts again
+    # the second block runs the three reference prompts again; the bound runs both prompts again for its one look
+    extra = 6.0 if case.method == "missed_effect_bound" else extra
     assert cut.settings["passes"]["forward"] == pytest.approx(whole.settings["passes"]["forward"] + extra)
     assert cut.settings["passes"]["backward"] == whole.settings["passes"]["backward"]
 
@@ -154,6 +164,96 @@ def test_the_check_rejects_an_unweighted_mean_a_block_that_is_missing_and_one_th
     for wrong, pairs in ((found[:2], 4), ([*found, found[0]], 7)):
         with pytest.raises(MismatchError, match=rf"of a task of 5 pairs\n.*on {pairs} to {pairs} pairs\n.*block once"):
             merged(task, wrong, model.fingerprint())
+
+
+def test_the_check_rejects_a_mean_of_ratios_and_means_of_a_block_alone() -> None:
+    model, case = plain("gpt2_like"), CASES["faithfulness"]
+    task = pairs_task(model, (5, 6, 5, 7, 6))
+    for ablation in ("resample", "mean"):
+        whole = tables(call(case, model, task, ablation=ablation))
+        found = call(case, model, task, ablation=ablation, executor=InProcess(pairs=2))
+        assert_equal(tables(found), whole, ROUNDING)
+        sizes, rows = (2, 2, 1), ([0, 1], [2, 3], [4])
+        parts = [tables(call(case, model, Block.of(task, index), ablation=ablation)) for index in rows]
+        mean_of_ratios = sum(n * part["faithfulness"] for n, part in zip(sizes, parts, strict=True)) / len(task)
+        with pytest.raises(AssertionError):
+            torch.testing.assert_close(mean_of_ratios, whole["faithfulness"], rtol=0, atol=ROUNDING)
+    alone = torch.cat([tables(call(case, model, task.rows(index), ablation="mean"))["metric"] for index in rows], -1)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(alone, whole["metric"], rtol=0, atol=ROUNDING)
+
+
+@pytest.mark.parametrize("per_pair", (False, True))
+def test_a_bound_in_blocks_draws_the_samples_of_one_call_and_stops_at_the_same_look(per_pair: bool) -> None:
+    model = plain("gpt2_like")
+    task = pairs_task(model, (5,) * 5)
+    chosen: dict[str, Any] = {"verified": [], "sites": ("z", "mlp_out"), "positions": "all", "p": 0.2, "seed": 3}
+    chosen |= {"budget": 1600 if per_pair else 900, "per_pair": per_pair}
+    loose = 1.01 * ma.missed_effect_bound(model, task, **chosen).theta  # so that an earlier look will do
+    for target in (None, 2 * loose):
+        whole = ma.missed_effect_bound(model, task, **chosen, target=target)
+        cut = ma.missed_effect_bound(model, task, **chosen, target=target, executor=InProcess(pairs=2))
+        assert_equal(tables(cut), tables(whole), ROUNDING)
+        assert cut.settings["samples"] == whole.settings["samples"] and cut.settings["looks_taken"] == 1
+        more = cut.passes.forward - whole.passes.forward
+        assert more == 10 and cut.passes.backward == whole.passes.backward == 5
+    # wrong: each block a bound of its own, with samples of its own
+    found = [ma.missed_effect_bound(model, Block.of(task, index), **chosen) for index in ([0, 1], [2, 3], [4])]
+    own = {name: torch.stack([tables(each)[name] for each in found]).mean(0) for name in whole.tensors}
+    with pytest.raises(AssertionError):
+        assert_equal(own, tables(whole), ROUNDING)
+
+
+def test_a_bound_in_blocks_may_have_nothing_left_to_cover() -> None:
+    model = plain("gpt2_like")
+    task = pairs_task(model, (5,) * 3)
+    exact = ma.activation_patching(model, task, sites="mlp_out", positions="all")
+    found = [
+        ma.missed_effect_bound(model, task, verified=exact, sites="mlp_out", **more)
+        for more in ({}, {"executor": InProcess(pairs=2)})
+    ]
+    assert [bound.theta for bound in found] == [0.0, 0.0] and found[1].n_covered == 0
+
+
+@pytest.mark.parametrize("name", ("faithfulness", "minimality", "missed_effect_bound"))
+def test_results_put_together_from_pairs_survive_failures_and_being_killed(name: str, tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    @dataclass(frozen=True)
+    class Stopping(InProcess):
+        name: ClassVar[str] = "stopping"
+        left: int = 99
+
+        def map(self, function: Any, tasks: Any) -> Any:
+            for i, result in super().map(function, tasks):
+                if len(seen) == self.left:
+                    raise Stop
+                seen.append(tasks[i].number)
+                yield i, result
+
+    model, case, path = plain("gpt2_like"), CASES[name], tmp_path / "journal"
+    task = pairs_task(model, (5,) * 5)
+    sound = call(case, model, task, executor=InProcess(pairs=2))
+    flaky = call(case, model, task, executor=Wrapped(pairs=2, wrap=FirstFails))
+    assert_equal(tables(flaky), tables(sound), 0)
+    assert {**flaky.settings, "executor": 0} == {**sound.settings, "executor": 0}
+    stages = 2 if name == "missed_effect_bound" else 1  # its prompts, then its samples
+    with pytest.raises(Stop):
+        call(case, model, task, executor=Stopping(pairs=2, left=3 * stages - 1), resume=path)
+    path.write_bytes(path.read_bytes() + b'{"chunk": 2, "val')  # it was killed while it wrote
+    found = call(case, model, task, executor=Stopping(pairs=2), resume=path)
+    assert sorted(seen) == list(range(3 * stages))  # each block once
+    assert_equal(tables(found), tables(sound), 0)
+    with pytest.raises(OutputExistsError, match=r"another sweep \(different: block\)"):
+        call(case, model, task, executor=InProcess(pairs=3), resume=path)
+    with pytest.raises(OutputExistsError, match=r"another sweep \(different: "):
+        call(case, model, task, resume=path)  # a journal of blocks is none of a run without them
+
+    def stale(function: Any) -> Any:
+        return lambda part: {**(got := function(part)), "made": {**got["made"], "versions": {"torch": "1.0"}}}
+
+    with pytest.raises(MismatchError, match=r"put block 0 \(pairs 0 to 1\) to the others\n.*another versions\n"):
+        call(case, model, task, executor=Wrapped(pairs=2, wrap=stale))
 
 
 def test_nodes_that_never_change_are_counted_over_blocks_and_not_in_each() -> None:
@@ -222,10 +322,6 @@ def test_errors_of_mechattr_are_raised_at_once() -> None:
     with pytest.raises(ma.errors.UnknownSiteError, match="did you mean"):
         ma.attribution_patching(model, pairs_task(model), sites="zz", executor=Wrapped(wrap=count))
     assert len(met) == 1
-
-
-class Stop(BaseException):
-    """Ends a run as a signal would."""
 
 
 @pytest.mark.parametrize("method", (ma.attribution_patching, ma.activation_patching, ma.edge_attribution))
@@ -460,11 +556,15 @@ def test_a_transformers_model_travels_without_what_belongs_to_its_process() -> N
 def test_a_report_made_in_blocks_says_so_and_has_the_same_numbers(tmp_path: Path) -> None:
     model = plain("gpt2_like")
     task = pairs_task(model, (5,) * 3)
-    chosen: dict[str, Any] = {"sites": ("z", "mlp_out"), "top": 4, "bound": 0, "circuit": 5, "progress": False}
+    chosen: dict[str, Any] = {"sites": ("z", "mlp_out"), "top": 4, "bound": 60, "circuit": 5, "progress": False}
     done = ma.report.localise(model, task, out=tmp_path / "run", **chosen, executor=InProcess(pairs=2))
     edges = ma.edge_attribution(model, task)
     assert_equal(tables(done.results.edges), tables(edges), ROUNDING)
     assert_equal(tables(done.exact), tables(ma.activation_patching(model, task, nodes=done.exact.nodes())), ROUNDING)
+    chance = ma.missed_effect_bound(model, task, verified=done.exact, sites=chosen["sites"], budget=60)
+    assert_equal(tables(done.results.bound), tables(chance), ROUNDING)
+    tested = ma.faithfulness(model, task, done.results.edges)
+    assert_equal(tables(done.results.faithfulness), tables(tested), ROUNDING)
     page = done.report_path.read_text()
     assert "executor inprocess, 2 blocks of up to 2 pairs" in page and "--executor inprocess" in page
     assert not [path for path in (tmp_path / "run").iterdir() if path.suffix in (".blocks", ".partial")]

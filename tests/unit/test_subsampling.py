@@ -296,7 +296,7 @@ def test_memory_grows_by_a_byte_for_a_sample_and_node() -> None:
     tracemalloc.stop()
     assert largest.bytes <= CHUNK * n and peak < 2 * CHUNK * n
     # wrong: all samples and nodes in float64
-    which, chosen = run.draw(0)
+    which, chosen = run.draws.draw(0)
     with Largest() as largest:
         values = effects - (chosen.double() * estimates[which]).sum(1)
         powers = torch.stack([values**0, values, values**2])
