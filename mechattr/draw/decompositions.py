@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -13,12 +13,12 @@ from mechattr.errors import SettingError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from mechattr.decomposition.result import Decomposition
+    from mechattr.artifact import Attribution
 
 _OVER_TOKENS = ("pos", "query", "key")
 
 
-def decomposition(result: Decomposition, ax: Axes | None = None) -> Axes:
+def decomposition(result: Attribution, ax: Axes | None = None) -> Axes:
     """The main table of a result of one prompt: bars over its tokens or components.
 
     Args:
@@ -28,17 +28,18 @@ def decomposition(result: Decomposition, ax: Axes | None = None) -> Axes:
     Raises:
         SettingError: a result of several prompts, or a table with several axes.
     """
-    table = result.main
+    table = result.tensors[str(result.settings["main"])]
+    strings = cast(list[list[str]], result.settings["strings"])
     if "batch" in table.axes:
-        if len(result.strings) > 1:
-            found = f"{len(result.strings)} prompts"
+        if len(strings) > 1:
+            found = f"{len(strings)} prompts"
             raise SettingError("a plot of a decomposition", found, "decompose one prompt, or plot .sel(batch=0)")
         table = table.sel(batch=0)
     if len(table.axes) != 1:
         raise SettingError("bars", f"a table with axes {', '.join(table.axes)}", "choose one row with .sel(...)")
     values, (axis,) = array(table), table.axes
     over = axis in _OVER_TOKENS
-    labels = [spell(token, longest=14) for token in result.strings[0]] if over else list(map(str, table.coords[axis]))
+    labels = [spell(token, longest=14) for token in strings[0]] if over else list(map(str, table.coords[axis]))
     if ax is None:
         import matplotlib.pyplot as plt
 
