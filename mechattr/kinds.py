@@ -11,6 +11,7 @@ KINDS: dict[str, str] = {
     "comparison": "mechattr.evaluation.comparison:Comparison",
     "decomposition": "mechattr.decomposition.result:Decomposition",
     "edge_attribution": "mechattr.patching.edge_artifact:EdgeAttribution",
+    "evidence": "mechattr.evaluation.evidence_result:EvidenceScores",
     "faithfulness": "mechattr.evaluation.faithfulness:Faithfulness",
     "minimality": "mechattr.evaluation.minimality:Minimality",
 }

@@ -1,15 +1,16 @@
 """Plot primitives on plain arrays; matplotlib is imported when something is drawn.
 
-Each figure answers one question: `head_map` which heads and MLPs matter, `position_map` where in the prompt, `scatter`
-whether the estimate is right, `discovery_curve` how fast the strongest nodes are found, `bound_curve` what may be
-missed, `circuit_graph` which edges, `faithfulness_curve` how faithful a circuit is, `drop_bars` what it needs,
-`tokens_html` which tokens. Signed values are blue where positive, red where negative and white exactly at 0; limits lie
-at the 99th percentile of |value|, and the clipped count is stated.
+Each figure answers one question: `head_map` which heads and MLPs matter, `position_map` where in the prompt,
+`scatter` whether the estimate is right, `discovery_curve` how fast the strongest nodes are found, `bound_curve` what
+may be missed, `circuit_graph` which edges, `faithfulness_curve` how faithful a circuit is, `drop_bars` what it needs,
+`dots` how methods compare, `tokens_html` which tokens. Signed values are blue where positive, red where negative and
+white exactly at 0; limits lie at the 99th percentile of |value|, and the clipped count is stated.
 """
 
 from mechattr.draw.bars import drop_bars, drop_size
 from mechattr.draw.curves import bound_curve, discovery_curve, faithfulness_curve
 from mechattr.draw.decompositions import decomposition
+from mechattr.draw.dots import dots, dots_size
 from mechattr.draw.graph import circuit_graph, graph_size, node_name
 from mechattr.draw.heatmap import head_map, position_map
 from mechattr.draw.results import attribution
@@ -26,6 +27,8 @@ __all__ = [
     "colours",
     "decomposition",
     "discovery_curve",
+    "dots",
+    "dots_size",
     "drop_bars",
     "drop_size",
     "faithfulness_curve",

@@ -9,7 +9,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mechattr.tasks.blimp import EvidenceSet, blimp_samples
+    from mechattr.tasks.evidence import EvidenceSample
     from mechattr.tasks.generators import gendered_pronoun, greater_than, ioi, subject_verb
+    from mechattr.tasks.grammar.agreement import agreement_samples
     from mechattr.tasks.metrics import METRICS, Metric
     from mechattr.tasks.pairs import from_pairs
     from mechattr.tasks.pairtext import PairText
@@ -19,12 +22,16 @@ if TYPE_CHECKING:
     from mechattr.tasks.task import Task, accuracy
 
 _WHERE = {
+    "EvidenceSample": "evidence",
+    "EvidenceSet": "blimp",
     "METRICS": "metrics",
     "TASKS": "table",
     "Metric": "metrics",
     "PairText": "pairtext",
     "Task": "task",
     "accuracy": "task",
+    "agreement_samples": "grammar.agreement",
+    "blimp_samples": "blimp",
     "from_pairs": "pairs",
     "gendered_pronoun": "generators",
     "greater_than": "generators",
@@ -38,10 +45,14 @@ _WHERE = {
 __all__ = [
     "METRICS",
     "TASKS",
+    "EvidenceSample",
+    "EvidenceSet",
     "Metric",
     "PairText",
     "Task",
     "accuracy",
+    "agreement_samples",
+    "blimp_samples",
     "from_pairs",
     "gendered_pronoun",
     "greater_than",
