@@ -9,13 +9,16 @@ from torch import Tensor
 
 from mechattr.models import Batch, Rules
 
-RELP, GIM = Rules.relp(), Rules.gim()
+RELP, GIM, CP, ATTN = Rules.relp(), Rules.gim(), Rules.cp_lrp(), Rules.attn_lrp()
 SINGLE = [
-    Rules(norm="frozen"), Rules(activation="secant"), Rules(gate="half"), Rules(pattern="detached"),
+    Rules(norm="frozen"), Rules(activation="secant"), Rules(gate="half"), Rules(gate="detached"),
+    Rules(pattern="detached"),
     Rules(temperature=3.0), Rules(qk_factor=0.25), Rules(v_factor=0.5), Rules(hold={0}),
+    Rules(softcap="secant"),
 ]  # fmt: skip
 EVERY = [
-    RELP, GIM, *SINGLE, replace(RELP, hold=frozenset({1})), replace(GIM, activation="secant", hold=frozenset({0})),
+    RELP, GIM, CP, ATTN, *SINGLE,
+    replace(RELP, hold=frozenset({1})), replace(GIM, activation="secant", hold=frozenset({0})),
 ]  # fmt: skip
 
 

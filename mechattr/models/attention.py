@@ -19,7 +19,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mechattr.models.base import AttentionForm
-from mechattr.models.rules import attend, scaled
+from mechattr.models.rules import attend, capped, scaled
 from mechattr.models.taps import Taps
 
 ATTRIBUTE = "_mechattr_tap"  # on an attention module for the time of one run
@@ -107,7 +107,7 @@ def _tapped(implementation: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         tap: AttentionTap | None = module.__dict__.get(ATTRIBUTE)
         if tap is not None:
             query, key, value = tap.enter(query, key, value, **kwargs)
-            if tap.inside:
+            if tap.inside or (tap.taps.rules.softcap != "full" and kwargs.get("softcap") is not None):
                 return _explicit(tap, query, key, value, attention_mask, **kwargs)
         return _native(module, implementation)(module, query, key, value, attention_mask, **kwargs)
 
@@ -132,7 +132,7 @@ def _explicit(
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = torch.matmul(query, key.transpose(2, 3)) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
+        scores = capped(scores, softcap, tap.taps.rules)
     if position_bias is not None:
         scores = scores + position_bias
     if mask is not None:

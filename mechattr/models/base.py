@@ -187,7 +187,7 @@ class HookedModel(Protocol):
         self,
         batch: Batch,
         *,
-        metric: Metric,
+        metric: Metric | None = None,
         gradients: str | Sequence[str],
         record: str | Sequence[str] = (),
         edits: Sequence[Edit] = (),

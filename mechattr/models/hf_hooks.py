@@ -213,6 +213,8 @@ class Installer(Tapping):
         gated = "up" in parts or self.anatomy.family.gate_up
         if taps.rules.activation == "secant":
             self.on_output(parts["act"], lambda m, a, y: secant(m.forward, a[0], y))
+        if taps.rules.gate == "detached" and gated:
+            self.on_output(parts["act"], lambda _m, _a, y: y.detach())
         if taps.rules.gate == "half" and gated:
             self.on_input(parts["down"], lambda x: scaled(x, 0.5))
         if self.anatomy.family.gate_up and taps.wants_any([pre, linear]):

@@ -25,9 +25,10 @@ from mechattr.models.nnsight_model import Traced
 from mechattr.models.nnsight_plan import plan_of
 from mechattr.models.nnsight_replay import Replay
 from mechattr.models.rules import Rules
+from mechattr.models.run_checks import check_asked, check_finite, check_fired, check_metric, no_gradient
 from mechattr.models.running import Turns
 from mechattr.models.selfcheck import selfcheck
-from mechattr.models.tape import Tape, check_finite, check_fired, check_metric, no_gradient, plan
+from mechattr.models.tape import Tape, plan
 from mechattr.models.taps import Taps, plan_edits
 from mechattr.models.vision import positions_of
 from mechattr.sites import expand, parse, site_spec
@@ -111,8 +112,7 @@ class HookedNNsight(Traced):
             BackendError: a server that fails or cannot be reached.
         """
         self._check_checkpoint(checkpoint)
-        if visit is not None and not expand(gradients, self._sites):
-            raise SettingError("visit", "no site whose gradient is asked for", "name sites with gradients=")
+        check_asked(expand(gradients, self._sites), metric, visit)
         arguments = {"record": record, "edits": edits, "metric": metric, "rules": rules, "start": start}
         tape = self._tape(batch, gradients=gradients, visited=visit is not None, **arguments)
         found: dict[str, Tensor] = {}
@@ -126,7 +126,7 @@ class HookedNNsight(Traced):
         self,
         batch: Batch,
         *,
-        metric: Metric,
+        metric: Metric | None = None,
         gradients: str | Sequence[str],
         record: str | Sequence[str] = (),
         edits: Sequence[Edit] = (),
@@ -134,7 +134,8 @@ class HookedNNsight(Traced):
         start: Start | None = None,
         checkpoint: bool = False,
     ) -> Tape:
-        """One trace with its gradients, handed over later; a pass from gradients at sites is a trace of its own."""
+        """One trace with its gradients, handed over later; a pass from gradients at sites is a trace of its own. The
+        trace differentiates a metric, which is therefore needed."""
         self._check_checkpoint(checkpoint)
         arguments = {"record": record, "edits": edits, "metric": metric, "rules": rules, "start": start}
         return self._tape(batch, gradients=gradients, visited=True, **arguments)
@@ -236,6 +237,7 @@ class HookedNNsight(Traced):
         start: Start | None,
     ) -> Taps:
         self._check(batch)
+        check_asked(expand(gradients, self._sites), metric)
         sites = [edit.site for edit in edits if isinstance(edit, Edit)] if isinstance(edits, Sequence) else []
         self._check_inside([record, gradients, *sites])
         if isinstance(rules, Rules) and not self.supports(rules):

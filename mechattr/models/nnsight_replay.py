@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mechattr.models.base import Visit
-from mechattr.models.tape import Tape, check_pass
+from mechattr.models.run_checks import check_batched, check_pass
+from mechattr.models.tape import Tape
 
 
 class Replay(Tape):
@@ -42,6 +43,21 @@ class Replay(Tape):
             gradient = gradients.get(name)
             if gradient is not None:
                 visit(name, self._at[name], gradient)
+
+    def pull_backs(
+        self, at: Mapping[str, Tensor], sites: Iterable[str] | None = None, *, last: bool = False
+    ) -> dict[str, Tensor]:
+        """Several backward passes, each a trace of its own; see `Tape.pull_backs`."""
+        wanted = list(self._gradients if sites is None else sites)
+        check_pass(self._open, (*at, *wanted), self._gradients)
+        n = check_batched(at, {name: self._blanks[name] for name in at})
+        self._open = not last
+        passes = [self._again(at={name: g[i] for name, g in at.items()})["gradients"] for i in range(n)]
+        blanks = {name: torch.zeros_like(self._blanks[name]) for name in wanted}
+        return {
+            name: torch.stack([blank if p.get(name) is None else p[name] for p in passes])
+            for name, blank in blanks.items()
+        }
 
     def gradients(self) -> dict[str, Tensor]:
         """The gradient at every gradient site, zero where the metric does not depend on it."""

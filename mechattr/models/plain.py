@@ -201,6 +201,7 @@ class HookedPlain(Running):
             pre = _tap(taps, p + "mlp.hook_pre", y @ w[f"{p}mlp.W_{gate}"] + w[f"{p}mlp.b_{gate}"])
             post = secant(act, pre, act(pre)) if taps.rules.activation == "secant" else act(pre)
             if c.gated:
+                post = post.detach() if taps.rules.gate == "detached" else post
                 post = post * _tap(taps, p + "mlp.hook_pre_linear", y @ w[p + "mlp.W_in"] + w[p + "mlp.b_in"])
                 post = scaled(post, 0.5) if taps.rules.gate == "half" else post
             written = _tap(taps, p + "mlp.hook_post", post) @ w[p + "mlp.W_out"] + w[p + "mlp.b_out"]

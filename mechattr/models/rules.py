@@ -20,8 +20,9 @@ from mechattr.errors import SettingError, UnsupportedFeatureError, nearest
 WORDS = {
     "norm": ("full", "frozen"),
     "activation": ("full", "secant"),
-    "gate": ("full", "half"),
+    "gate": ("full", "half", "detached"),
     "pattern": ("full", "detached"),
+    "softcap": ("full", "secant"),
 }
 NUMBERS = ("temperature", "qk_factor", "v_factor")
 
@@ -39,8 +40,10 @@ class Rules:
         activation: `"secant"` passes an MLP's activation function a(z) as z times a(z)/z, held at its value, in place
             of its slope. Where z is too small to divide by, a(z)/z is its limit from above.
         gate: `"half"` halves what flows back into the product a(z) u of a gated MLP: each factor gets half of its
-            gradient. Without effect on MLPs that are not gated.
+            gradient. `"detached"` holds a(z) at its value, so that all flows to u and nothing to z. Without effect on
+            MLPs that are not gated.
         pattern: `"detached"` holds attention probabilities at their values; nothing flows back to queries and keys.
+        softcap: `"secant"` passes a cap c tanh(s/c) of attention scores s as `activation` passes a(z).
         temperature: T of the softmax in the backward pass. With p_T = softmax(scores / T), the gradient g at the
             pattern becomes p_T (g - sum(p_T g)) at the scores: that of a softmax at T, without its factor 1/T.
         qk_factor: factor of the gradients that reach `rot_q` and `rot_k` from the scores.
@@ -53,6 +56,7 @@ class Rules:
     activation: str = "full"
     gate: str = "full"
     pattern: str = "full"
+    softcap: str = "full"
     temperature: float = 1.0
     qk_factor: float = 1.0
     v_factor: float = 1.0
@@ -110,6 +114,41 @@ class Rules:
         """
         return cls(norm="frozen", gate="half", temperature=2.0, qk_factor=0.25, v_factor=0.5)
 
+    @classmethod
+    def cp_lrp(cls) -> Rules:
+        """CP-LRP: layer-wise relevance propagation through the network that is linear at its values.
+
+        With relevance R = x times gradient: norms divide by a held scale (centring, weight and bias stay), activations
+        pass their secant a(z)/z, a gate a(z) u gives all to u, patterns are held, so that values get all and queries
+        and keys nothing. What is linear passes its gradient (the
+        epsilon rule in its limit). Where the metric is linear in the unnormalised logits, relevance summed over the
+        residual stream of any block and what the biases above take are the metric. One forward and one backward pass.
+
+        Of the published rules are those of norms and attention; a secant is their identity rule. Deviations: a(z)/z is
+        a limit where z is 0; no stabiliser is added to linear layers.
+
+        References:
+            Ali et al. (2022), XAI for Transformers: Better Explanations through Conservative Propagation.
+        """
+        return cls(norm="frozen", activation="secant", gate="detached", pattern="detached")
+
+    @classmethod
+    def attn_lrp(cls) -> Rules:
+        """AttnLRP: as `cp_lrp`, with relevance that flows through the attention pattern and through gates.
+
+        A product of two factors gives each half of its relevance: gates a(z) u, pattern times value, q.k. The softmax
+        is differentiated truly. As factors of the plain gradient these are 1/4 at q and k and 1/2 at v. A cap of the
+        scores, c tanh(s/c), passes its secant: it is an activation. A softmax does not conserve relevance, and what it
+        leaks is z dz - v dv - q dq - k dk summed over an attention block, where q, k, v stand at `rot_q`, `rot_k` and
+        `v`; together with it and with what biases take, relevance is the metric. One forward and one backward pass.
+
+        The halves depend on how a product is bracketed: one of three factors would give a quarter to two of them.
+
+        References:
+            Achtibat et al. (2024), AttnLRP: Attention-Aware Layer-Wise Relevance Propagation, arXiv 2402.05602.
+        """
+        return cls(norm="frozen", activation="secant", gate="half", softcap="secant", qk_factor=0.25, v_factor=0.5)
+
     @property
     def in_softmax(self) -> bool:
         """Whether a rule acts between scores and pattern, which no fused kernel shows."""
@@ -118,7 +157,7 @@ class Rules:
     @property
     def in_attention(self) -> bool:
         """Whether a rule acts between queries, keys and values on one side and z on the other."""
-        return self.in_softmax or self.qk_factor != 1.0 or self.v_factor != 1.0
+        return self.in_softmax or (self.softcap, self.qk_factor, self.v_factor) != ("full", 1.0, 1.0)
 
     def to_json(self) -> dict[str, Any]:
         """What is not the default, such as `{"norm": "frozen", "hold": [3]}`; `Rules(**that)` is this value again."""
@@ -170,6 +209,16 @@ def secant(act: Callable[[Tensor], Tensor], z: Tensor, y: Tensor) -> Tensor:
     with torch.no_grad():
         slope = torch.where(near, act(least) / least, y / torch.where(near, 1.0, z))
     return frozen_like(y, z * slope)
+
+
+def capped(scores: Tensor, softcap: float, rules: Rules) -> Tensor:
+    """softcap * tanh(scores / softcap)."""
+    cap = _cap(softcap)
+    return secant(cap, scores, cap(scores)) if rules.softcap == "secant" else cap(scores)
+
+
+def _cap(softcap: float) -> Callable[[Tensor], Tensor]:
+    return lambda x: torch.tanh(x / softcap) * softcap
 
 
 def attend(scores: Tensor, softmax: Callable[[Tensor], Tensor], rules: Rules) -> Tensor:

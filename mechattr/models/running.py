@@ -100,7 +100,7 @@ class Running(ABC):
         self,
         batch: Batch,
         *,
-        metric: Metric,
+        metric: Metric | None = None,
         gradients: str | Sequence[str],
         record: str | Sequence[str] = (),
         edits: Sequence[Edit] = (),

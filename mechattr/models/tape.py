@@ -11,21 +11,23 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from mechattr.artifact import Cache
-from mechattr.errors import (
-    ModelStateError,
-    NonFiniteError,
-    SettingError,
-    UnknownNameError,
-    UnsupportedFeatureError,
-    nearest,
-)
+from mechattr.errors import SettingError, UnsupportedFeatureError
 from mechattr.models.base import Batch, Metric, ModelInfo, Run, Start, Visit
 from mechattr.models.checks import check_hold, check_start
 from mechattr.models.dictionary import Dictionary
 from mechattr.models.edits import Edit, Frame
 from mechattr.models.rules import Rules, check_rules
+from mechattr.models.run_checks import (
+    check_asked,
+    check_batched,
+    check_finite,
+    check_fired,
+    check_metric,
+    check_pass,
+    no_gradient,
+)
 from mechattr.models.taps import Point, Taps, Watch, plan_edits
-from mechattr.sites import expand, parse, position_axis, reads_source, site_spec
+from mechattr.sites import expand, reads_source, site_spec
 
 
 @dataclass(eq=False, slots=True)
@@ -45,6 +47,7 @@ class Tape:
     _nodes: Mapping[str, Point] = field(repr=False)
     _anchor: Tensor = field(repr=False)
     _watch: Watch = field(repr=False)
+    _checkpointed: bool = field(default=False, repr=False)
     _open: bool = field(default=True, repr=False)
 
     @property
@@ -69,7 +72,7 @@ class Tape:
             ModelStateError: the graph has been let go.
             UnknownNameError: `at` names a site that is no gradient site of this run.
         """
-        check_pass(self._open, at, self._nodes)
+        check_pass(self._open, at, self._nodes, metric=self.metric is not None)
         self._open = not last
         if at is None:
             if self._value is None or not self._value.requires_grad:  # the metric does not depend on any site
@@ -83,6 +86,52 @@ class Tape:
         finally:
             self._watch.visit = None
 
+    def pull_backs(
+        self, at: Mapping[str, Tensor], sites: Iterable[str] | None = None, *, last: bool = False
+    ) -> dict[str, Tensor]:
+        """Several backward passes in one: from n gradients at each site in `at`, all gradients below them.
+
+        The passes share the graph and its tensors, and each of their products is one larger product. Memory grows by n:
+        give fewer gradients at once where that is too much.
+
+        Args:
+            at: [n, *site] by full site name. Pass i starts from the i-th gradient at every site.
+            sites: full names of the gradient sites that are wanted; by default all.
+            last: let the graph go afterwards.
+
+        Returns:
+            [n, *site] by full site name, zero where a pass has no influence. What is given at a site is a part of
+            its gradient.
+
+        Raises:
+            ModelStateError: the graph has been let go.
+            UnknownNameError: a site that is no gradient site of this run.
+            SettingError: other numbers of gradients, or another shape than the site's.
+            UnsupportedFeatureError: a checkpointed run, whose blocks are computed again for one pass at a time.
+
+        Cost:
+            n backward passes, in less time than one after the other.
+        """
+        wanted = list(self._nodes if sites is None else sites)
+        check_pass(self._open, (*at, *wanted), self._nodes)
+        n = check_batched(at, {name: self._nodes[name].blank for name in at})
+        if self._checkpointed:
+            raise UnsupportedFeatureError(
+                "several backward passes in one",
+                "the run is checkpointed, and its blocks are computed again for one pass at a time",
+                "leave checkpoint out, or use pull_back for each gradient",
+            )
+        self._open = not last
+        roots, edges = [self._nodes[name].edge for name in at], [self._nodes[name].edge for name in wanted]
+        found = torch.autograd.grad(
+            roots, edges, list(at.values()), retain_graph=not last, allow_unused=True, is_grads_batched=True
+        )
+        blanks = {name: self._nodes[name].blank for name in wanted}
+        return {
+            name: blank.new_zeros(n, *blank.shape) if g is None else g
+            for (name, blank), g in zip(blanks.items(), found, strict=True)
+        }
+
     def gradients(self) -> dict[str, Tensor]:
         """The gradient at every gradient site, zero where the metric does not depend on it; lets the graph go."""
         if self._value is None or not self._value.requires_grad:
@@ -92,16 +141,6 @@ class Tape:
         found = torch.autograd.grad(self._value, edges, ones, allow_unused=True)
         pairs = zip(self._nodes.items(), found, strict=True)
         return {name: torch.zeros_like(point.blank) if g is None else g for (name, point), g in pairs}
-
-
-def check_pass(going: bool, at: Mapping[str, Tensor] | None, names: Iterable[str]) -> None:
-    """Whether a backward pass can be made: the graph is there, and the pass starts at gradient sites."""
-    if not going:
-        raise ModelStateError("another backward pass", "the last one let the graph go", "leave out last=True")
-    unknown = sorted(set(at or {}) - set(names))
-    if unknown:
-        fix = nearest(unknown[0], names)
-        raise UnknownNameError(f"a backward pass from {unknown[0]}", "it is no gradient site of this run", fix)
 
 
 def plan(
@@ -118,8 +157,6 @@ def plan(
 ) -> Taps:
     """What a run is to do at each site, checked against the model and the batch before anything runs."""
     wanted = frozenset(expand(gradients, sites))
-    if wanted and metric is None:
-        raise SettingError("gradients", "no metric to differentiate", "pass metric=task.metric or a function")
     if metric is not None and not callable(metric):
         raise SettingError(f"metric={metric!r}", "that is not callable", "pass metric=task.metric or a function")
     check_start(start, info, batch)
@@ -161,8 +198,7 @@ def make_tape(
 
     Raises:
         UnknownSiteError: a site that the model does not have.
-        SettingError: gradients without a metric or of one that has none, a metric of another shape, an edit, rule or
-            start that does not fit.
+        SettingError: a metric without gradient or of another shape, an edit, rule or start that does not fit.
         UnsupportedFeatureError: a site that did not fire, such as one below the start.
         NonFiniteError: NaN or infinity at a real token, with the first site that has it.
     """
@@ -181,7 +217,7 @@ def make_tape(
     taps.nodes = {}  # a checkpointed graph holds the taps, which must not hold the graph
     detached = None if value is None else value.detach()
     root = value if taps.gradients else None
-    return Tape(logits.detach(), detached, taps.activations, root, nodes, taps.anchor, taps.watch)
+    return Tape(logits.detach(), detached, taps.activations, root, nodes, taps.anchor, taps.watch, taps.checkpoint)
 
 
 def execute(
@@ -203,10 +239,9 @@ def execute(
     """One run: the forward pass of `make_tape` and, if gradients are asked for, one backward pass.
 
     Raises:
-        SettingError: `visit` without gradients, and what `make_tape` refuses.
+        SettingError: gradients without a metric, `visit` without gradients, and what `make_tape` refuses.
     """
-    if visit is not None and not expand(gradients, sites):
-        raise SettingError("visit", "no site whose gradient is asked for", "name sites with gradients=")
+    check_asked(expand(gradients, sites), metric, visit)
     tape = make_tape(
         forward,
         info,
@@ -230,21 +265,6 @@ def execute(
     return Run(tape.logits, Cache.from_tensors(tape.activations), Cache.from_tensors(found), tape.metric)
 
 
-def check_fired(taps: Taps) -> None:
-    """Whether every site that something was to happen at was passed."""
-    silent = sorted(taps.names - taps.held - taps.fired)
-    if not silent:
-        return
-    found = f"it did not fire in this run ({len(silent)} silent)"
-    first = 0 if taps.start is None else taps.start.layer
-    below = [n for n in silent if taps.start is not None and ("embed" in n or (parse(n)[1] or 0) < first)]
-    if below:
-        fix = f"the run starts at block {first}: name sites from there on"
-        raise UnsupportedFeatureError(f"site {below[0]}", found, fix)
-    fix = "the model's own code does not pass through it; use another attention implementation or model class"
-    raise UnsupportedFeatureError(f"site {silent[0]}", found, fix)
-
-
 def _check_explicit_positions(edits: Sequence[Edit], batch: Batch) -> None:
     for edit in edits:
         somewhere = edit.rows is None or len(edit.rows)
@@ -253,19 +273,6 @@ def _check_explicit_positions(edits: Sequence[Edit], batch: Batch) -> None:
             part = side if edit.rows is None else side.rows(edit.rows)
             for position in edit.positions:
                 part.columns(position)
-
-
-def check_metric(value: object, batch: Batch) -> None:
-    """Whether a metric gave one number a row."""
-    if not isinstance(value, Tensor) or value.shape != (len(batch),):
-        gave = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-        raise SettingError("a metric", f"it returned {gave}", f"return one number a row, shape ({len(batch)},)")
-
-
-def no_gradient() -> SettingError:
-    """The error of a metric that cannot be differentiated."""
-    found = "it does not follow from the logits by differentiable steps (argmax, detach and comparisons are none)"
-    return SettingError("the gradient of a metric", found, "use a differentiable metric, or a method without gradients")
 
 
 def _everything(forward: Callable[[Taps], Tensor], sites: Sequence[str], taps: Taps) -> Mapping[str, Tensor]:
@@ -277,24 +284,3 @@ def _everything(forward: Callable[[Taps], Tensor], sites: Sequence[str], taps: T
     with torch.no_grad():
         forward(probe)
     return probe.activations
-
-
-def check_finite(
-    logits: Tensor, batch: Batch, activations: Callable[[], Mapping[str, Tensor]], sites: Sequence[str]
-) -> None:
-    """Whether the logits of all real tokens are finite; if not, `activations` of all sites show where it begins."""
-    if bool(torch.isfinite(logits.sum())) or bool(torch.isfinite(logits[batch.mask]).all()):
-        return
-    found = activations()
-    for name in sites:
-        x = found.get(name)
-        axes = site_spec(name).axes
-        if x is None or position_axis(axes) != 1:  # masked scores are infinite by design
-            continue
-        if not bool(torch.isfinite(x[(batch.prompt if reads_source(axes) else batch).mask]).all()):
-            raise NonFiniteError(
-                "a forward pass",
-                f"NaN or infinity, first at {name} (dtype {x.dtype})",
-                "use a wider dtype, such as bfloat16 or float32, or look at the edits that touch this site",
-            )
-    raise NonFiniteError("a forward pass", "NaN or infinity in the logits only", "use a wider dtype, such as float32")

@@ -7,7 +7,7 @@ from dataclasses import replace
 import families
 import pytest
 import torch
-from rules_cases import EVERY, GIM, RELP, Tempered, close, real
+from rules_cases import ATTN, CP, EVERY, GIM, RELP, Tempered, close, real
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -82,6 +82,14 @@ def _gelu(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
+def cap_slope(capped: Tensor, softcap: float, rule: Rules) -> Tensor:
+    """What a cap passes on, from what it made of a score; 0 at masked scores."""
+    inside = (capped / softcap).where(capped > -1e30, 0)
+    if rule.softcap == "secant":
+        return inside / torch.atanh(inside)
+    return 1 - inside**2
+
+
 def assert_site_by_site(model, family: str, ran: Rules, said: Rules) -> None:
     """The gradient at each site follows by `said` from that at the next one, in a run under `ran`."""
     batch = Batch.of(families.tokens(2, 6))
@@ -98,7 +106,8 @@ def assert_site_by_site(model, family: str, ran: Rules, said: Rules) -> None:
             (slope,) = torch.autograd.grad(a.sum(), z)
             slope, a = (a.detach() / z.detach() if said.activation == "secant" else slope), a.detach()
             share = 0.5 if said.gate == "half" and model.info.gated else 1.0
-            close(g["mlp_pre"], g["mlp_post"] * share * slope * x.get("mlp_pre_linear", torch.ones(())), 1e-9)
+            passes = 0.0 if said.gate == "detached" and model.info.gated else share
+            close(g["mlp_pre"], g["mlp_post"] * passes * slope * x.get("mlp_pre_linear", torch.ones(())), 1e-9)
             if model.info.gated:
                 close(g["mlp_pre_linear"], g["mlp_post"] * share * a, 1e-9)
         groups = model.info.n_heads // model.info.n_kv_heads
@@ -111,7 +120,9 @@ def assert_site_by_site(model, family: str, ran: Rules, said: Rules) -> None:
         p = torch.softmax(logits / said.temperature, -1)[..., : x["attn_scores"].shape[-1]]
         scores = p * (g["pattern"] - (p * g["pattern"]).sum(-1, keepdim=True)) * (said.pattern == "full")
         close(g["attn_scores"], scores, 1e-9)
-        scores = scores * form.scaling * (1 if form.softcap is None else 1 - (x["attn_scores"] / form.softcap) ** 2)
+        scores = (
+            scores * form.scaling * (1 if form.softcap is None else cap_slope(x["attn_scores"], form.softcap, said))
+        )
         scores = scores.where(x["attn_scores"] > -1e30, 0)
         keys = x["rot_k"].repeat_interleave(groups, 2)
         close(g["rot_q"], said.qk_factor * torch.einsum("bhqk,bkhd->bqhd", scores, keys), 1e-9)
@@ -123,7 +134,7 @@ def assert_site_by_site(model, family: str, ran: Rules, said: Rules) -> None:
 def test_every_family_obeys_the_rules_site_by_site(family):
     with families.widened():
         model = families.hooked(family, torch.float64)
-        for rule in (RELP, replace(GIM, activation="secant", temperature=3.0), Rules()):
+        for rule in (RELP, replace(GIM, activation="secant", temperature=3.0), Rules(), CP, ATTN):
             assert_site_by_site(model, family, reachable(model, rule), reachable(model, rule))
         gim = reachable(model, GIM)
         for said in (replace(gim, qk_factor=1.0), replace(gim, v_factor=1.0), replace(gim, temperature=1.0)):
@@ -132,6 +143,12 @@ def test_every_family_obeys_the_rules_site_by_site(family):
         if not model.info.n_experts:
             with pytest.raises(AssertionError):
                 assert_site_by_site(model, family, RELP, replace(RELP, activation="full"))
+        if model.info.gated and not model.info.n_experts:
+            with pytest.raises(AssertionError):
+                assert_site_by_site(model, family, CP, replace(CP, gate="full"))
+        if model.attention(0).softcap is not None:
+            with pytest.raises(AssertionError):
+                assert_site_by_site(model, family, ATTN, replace(ATTN, softcap="full"))
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -189,6 +206,9 @@ def test_the_secant_is_defined_at_zero(act, dtype):
 def test_presets_and_json():
     assert RELP.to_json() == {"norm": "frozen", "activation": "secant", "gate": "half", "pattern": "detached"}
     assert GIM.to_json() == {"norm": "frozen", "gate": "half", "temperature": 2.0, "qk_factor": 0.25, "v_factor": 0.5}
+    assert CP.to_json() == {"norm": "frozen", "activation": "secant", "gate": "detached", "pattern": "detached"}
+    halves = {"qk_factor": 0.25, "v_factor": 0.5}
+    assert ATTN.to_json() == {"norm": "frozen", "activation": "secant", "gate": "half", "softcap": "secant"} | halves
     assert Rules().to_json() == {}
     for rule in EVERY:
         assert Rules(**rule.to_json()) == rule

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mechattr.errors import ModelStateError, SettingError, UnknownNameError
+from mechattr.errors import ModelStateError, SettingError, UnknownNameError, UnsupportedFeatureError
 from mechattr.models import Batch, Edit, PlainConfig, Rules, Set, plain_model
 from mechattr.sites import parse
 
@@ -210,3 +210,68 @@ def test_memory_is_let_go(kind):
         assert all(ref() is None for ref in seen)
     finally:
         gc.enable()
+
+
+# -- several passes in one
+
+
+def one_by_one(tape, at: dict[str, Tensor], wanted: list[str]) -> dict[str, Tensor]:
+    """The slow definition: a pass for each gradient."""
+    n = len(next(iter(at.values())))
+    passes = [collect(tape, {name: g[i] for name, g in at.items()}) for i in range(n)]
+    return {
+        name: torch.stack([p.get(name, torch.zeros_like(tape._nodes[name].blank)) for p in passes]) for name in wanted
+    }
+
+
+@every_model
+@pytest.mark.parametrize("rules", [None, Rules.cp_lrp(), Rules.attn_lrp()])
+def test_passes_in_one_are_the_passes_one_by_one(model, rules):
+    model, batch = model(), families.ragged("left")
+    tape = model.tape(batch, gradients=SITES, rules=rules)
+    high, low = f"blocks.{model.info.n_layers - 1}.hook_resid_post", "blocks.0.hook_resid_post"
+    noise = torch.Generator().manual_seed(2)
+    at = {name: torch.randn(4, *tape._nodes[name].blank.shape, generator=noise).to(tape.logits) for name in (high, low)}
+    found, wanted = tape.pull_backs(at), one_by_one(tape, at, list(tape._nodes))
+    assert list(found) == list(tape._nodes)
+    relative = 1e-12 if model.info.dtype == "float64" else 1e-5  # products of another size, in another order
+    for name, g in wanted.items():
+        torch.testing.assert_close(found[name], g, rtol=0, atol=relative * max(1.0, float(g.abs().max())))
+    few = tape.pull_backs({high: at[high]}, ["blocks.0.attn.hook_z"], last=True)
+    assert list(few) == ["blocks.0.attn.hook_z"]
+    lower = one_by_one(model.tape(batch, gradients=SITES, rules=rules), {high: at[high]}, list(few))
+    with pytest.raises(AssertionError):  # control: the first gradient for all passes
+        torch.testing.assert_close(few["blocks.0.attn.hook_z"], lower["blocks.0.attn.hook_z"][:1].expand(4, *[-1] * 4))
+
+
+def test_a_site_without_influence_has_zeros_in_passes_in_one():
+    tape = MODELS["plain"]().tape(Batch.of(families.tokens()), gradients="resid_pre")
+    at = {"blocks.0.hook_resid_pre": torch.ones(2, 3, 7, 16, dtype=torch.float64)}
+    found = tape.pull_backs(at)
+    assert torch.equal(found["blocks.0.hook_resid_pre"], at["blocks.0.hook_resid_pre"])
+    assert not found["blocks.1.hook_resid_pre"].any() and len(found["blocks.1.hook_resid_pre"]) == 2
+
+
+def test_passes_in_one_are_refused_with_what_is_wrong():
+    model, batch = MODELS["plain"](), Batch.of(families.tokens())
+    tape, name = model.tape(batch, gradients="resid_pre"), "blocks.1.hook_resid_pre"
+    with pytest.raises(
+        SettingError, match=r"from the metric\n  found: the tape has none\n  fix: give gradients at sites"
+    ):
+        collect(tape)
+    good = torch.ones(2, 3, 7, 16, dtype=torch.float64)
+    for at in ({name: good[0]}, {name: good[:0]}, {}, {name: good, "blocks.0.hook_resid_pre": good[:1]}):
+        with pytest.raises(
+            SettingError, match=r"several backward passes in one\n  found: (shapes|no site).*\n  fix: give"
+        ):
+            tape.pull_backs(at)
+    with pytest.raises(UnknownNameError, match=r"from blocks.1.attn.hook_z\n  found: it is no gradient site"):
+        tape.pull_backs({name: good}, ["blocks.1.attn.hook_z"])
+    text = "in one\n  found: the run is checkpointed.*\n  fix: leave checkpoint out"
+    with pytest.raises(UnsupportedFeatureError, match=text):
+        model.tape(batch, gradients="resid_pre", checkpoint=True).pull_backs({name: good})
+    with pytest.raises(SettingError, match="gradients\n  found: no metric to differentiate"):
+        model.run(batch, gradients="z")
+    tape.pull_backs({name: good}, last=True)
+    with pytest.raises(ModelStateError, match="let the graph go"):
+        tape.pull_backs({name: good})
