@@ -12,6 +12,8 @@ KINDS: dict[str, str] = {
     "decomposition": "mechattr.decomposition.result:Decomposition",
     "edge_attribution": "mechattr.patching.edge_artifact:EdgeAttribution",
     "evidence": "mechattr.evaluation.evidence_result:EvidenceScores",
+    "erasure_probes": "mechattr.erasure.probes:ErasureProbes",
+    "erasure_training": "mechattr.erasure.training:TrainingState",
     "faithfulness": "mechattr.evaluation.faithfulness:Faithfulness",
     "minimality": "mechattr.evaluation.minimality:Minimality",
 }

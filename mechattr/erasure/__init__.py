@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from mechattr.erasure.documents import read_texts
+from mechattr.erasure.fit import fit_probes
+from mechattr.erasure.probes import ErasureProbes
 from mechattr.erasure.psi import psi, segment_spans
+from mechattr.erasure.recipes import Closed, Descent
 
-__all__ = ["psi", "segment_spans"]
+__all__ = ["Closed", "Descent", "ErasureProbes", "fit_probes", "psi", "read_texts", "segment_spans"]

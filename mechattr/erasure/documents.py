@@ -1,0 +1,141 @@
+"""Documents for probes: texts as rows of tokens, and what a model's layers hold at each of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mechattr.errors import SettingError
+from mechattr.models.base import Batch, HookedModel
+from mechattr.models.tokenize import encode, pad
+from mechattr.sites import full_name
+
+EMBEDDING = -1  # the number of the layer that stands for the embeddings; the final norm has that after the last block
+WINDOW = 512
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Document:
+    """The states of one document.
+
+    Attributes:
+        tokens: its ids.
+        states: what each layer holds at each position, in float32 or wider.
+    """
+
+    tokens: Int[Tensor, " pos"]
+    states: Float[Tensor, "layer pos d_model"]
+
+
+def read_texts(path: str | os.PathLike[str]) -> list[str]:
+    """The documents of a file: parts between lines of `<|endoftext|>` where there are any, else its lines.
+
+    Raises:
+        SettingError: no such file, no text in it, or a line that is not UTF-8.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise SettingError(f"texts from {str(path)!r}", "no such file", "give a text file")
+    lines = []
+    for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
+        try:
+            lines.append(line.decode("utf-8").rstrip("\r"))
+        except UnicodeDecodeError as error:
+            asked = f"line {number} of {file.name} as UTF-8"
+            raise SettingError(asked, str(error), "save the file as UTF-8") from error
+    text = "\n".join(lines)
+    parts = text.split("<|endoftext|>") if "<|endoftext|>" in text else lines
+    texts = [part.strip() for part in parts if part.strip()]
+    if not texts:
+        raise SettingError(f"texts from {file.name}", "an empty file", "give at least one line of text")
+    return texts
+
+
+def check_layers(model: HookedModel, layers: Sequence[int] | None) -> tuple[int, ...]:
+    """The layers of probes: -1 is the embedding, 0 to L - 1 are the blocks, L is what follows the final norm.
+
+    Raises:
+        SettingError: no layers, one twice, or one that does not exist.
+    """
+    last = model.info.n_layers if full_name("ln_final") in model.sites() else model.info.n_layers - 1
+    every = tuple(range(EMBEDDING, last + 1))
+    if layers is None:
+        return every
+    wrong = [layer for layer in layers if isinstance(layer, bool) or layer not in every]
+    if wrong or not layers or len(set(layers)) < len(layers):
+        found = f"layers {EMBEDDING} to {last}" if wrong else "none, or one twice"
+        fix = f"name some of {EMBEDDING} (embedding), 0 to {model.info.n_layers - 1} (blocks)"
+        raise SettingError(f"layers={tuple(layers)}", found, fix + (f", {last} (final norm)" * (last > every[-2])))
+    return tuple(layers)
+
+
+def site_of(model: HookedModel, layer: int) -> str:
+    """The full name of the site that a layer's probes read."""
+    if layer == EMBEDDING:
+        return full_name("embed")
+    return full_name("ln_final") if layer == model.info.n_layers else full_name("resid_post", layer)
+
+
+def encoded(model: HookedModel, texts: Sequence[str], window: int = WINDOW) -> list[list[int]]:
+    """The ids of each text, as the model's tokenizer begins it, cut off at `window`.
+
+    Raises:
+        SettingError: no text, something else than texts, a window that is no count, or no tokenizer.
+    """
+    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+        raise SettingError("texts", f"a {type(texts).__name__}", "give a list of texts, one a document")
+    if isinstance(window, bool) or not isinstance(window, int) or window < 1:
+        raise SettingError(f"window={window!r}", "no number of tokens", "give a whole number from 1")
+    if model.tokenizer is None:
+        raise SettingError("texts", "this model has no tokenizer", "load it with tokenizer=...")
+    if model.info.bounded is not False:
+        window = min(window, model.info.n_ctx)
+    rows = [encode(model.tokenizer, text)[:window] for text in texts if text]
+    rows = [row for row in rows if row]
+    if not rows:
+        raise SettingError("texts", "none with a token", "give at least one text that is not empty")
+    return rows
+
+
+def documents(
+    model: HookedModel, rows: Sequence[Sequence[int]], layers: Sequence[int], *, batch_size: int = 8
+) -> Iterator[Document]:
+    """The states of each document, in order; documents run together `batch_size` at a time.
+
+    Cost:
+        1 forward pass a document.
+    """
+    sites = [site_of(model, layer) for layer in layers]
+    device = model.weight("embed.W_E").device
+    for begin in range(0, len(rows), batch_size):
+        batch: Batch = pad(rows[begin : begin + batch_size], model.tokenizer, device=device)
+        cache = model.run(batch, record=sites).activations
+        wide = torch.promote_types(cache[sites[0]].dtype, torch.float32)
+        for row, length in enumerate(batch.lengths.tolist()):
+            states = torch.stack([cache[site].values[row, :length] for site in sites])
+            yield Document(batch.tokens[row, :length], states.to(wide))
+
+
+def aligned(
+    document: Document, offset: int, *, first: bool = True
+) -> tuple[Float[Tensor, "layer n d_model"], Int[Tensor, " n"]]:
+    """States and the tokens at t + offset that they are asked about; none where the document is too short.
+
+    Args:
+        document: its states.
+        offset: where the token is, from the state.
+        first: whether the first position may be asked about itself; probes at offset 0 are not trained on it, because
+            it is the same token in every document.
+    """
+    n = len(document.tokens)
+    begin, end = max(0, -offset), min(n, n - offset)
+    begin = max(begin, 1) if offset == 0 and not first else begin
+    if begin >= end:
+        return document.states[:, :0], document.tokens[:0]
+    return document.states[:, begin:end], document.tokens[begin + offset : end + offset]
