@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mechattr import artifact, draw, errors, evaluation, models, patching, report, sites, tasks
     from mechattr.artifact import Artifact, Attribution, Cache, open
+    from mechattr.decomposition.direct import direct_logit_attribution
+    from mechattr.decomposition.logit_lens import logit_lens
     from mechattr.evaluation.estimate import estimate
     from mechattr.evaluation.faithfulness import faithfulness
     from mechattr.evaluation.minimality import minimality
@@ -45,6 +47,7 @@ _WHERE = {
     "artifact": "mechattr.artifact",
     "attribution_patching": "mechattr.patching.attribution:attribution_patching",
     "causal_tracing": "mechattr.patching.tracing:causal_tracing",
+    "direct_logit_attribution": "mechattr.decomposition.direct:direct_logit_attribution",
     "draw": "mechattr.draw",
     "edge_attribution": "mechattr.patching.edges:edge_attribution",
     "edge_patching": "mechattr.patching.edge_patching:edge_patching",
@@ -53,6 +56,7 @@ _WHERE = {
     "evaluation": "mechattr.evaluation",
     "faithfulness": "mechattr.evaluation.faithfulness:faithfulness",
     "load": "mechattr.models.load:load",
+    "logit_lens": "mechattr.decomposition.logit_lens:logit_lens",
     "minimality": "mechattr.evaluation.minimality:minimality",
     "missed_effect_bound": "mechattr.patching.bound:missed_effect_bound",
     "models": "mechattr.models",
@@ -78,6 +82,7 @@ __all__ = [
     "artifact",
     "attribution_patching",
     "causal_tracing",
+    "direct_logit_attribution",
     "draw",
     "edge_attribution",
     "edge_patching",
@@ -86,6 +91,7 @@ __all__ = [
     "evaluation",
     "faithfulness",
     "load",
+    "logit_lens",
     "minimality",
     "missed_effect_bound",
     "models",

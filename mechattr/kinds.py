@@ -15,5 +15,6 @@ KINDS: dict[str, str] = {
     "erasure_probes": "mechattr.erasure.probes:ErasureProbes",
     "erasure_training": "mechattr.erasure.training:TrainingState",
     "faithfulness": "mechattr.evaluation.faithfulness:Faithfulness",
+    "lens": "mechattr.decomposition.lens_result:Lens",
     "minimality": "mechattr.evaluation.minimality:Minimality",
 }

@@ -134,6 +134,26 @@ METHODS: Mapping[str, MethodRow] = MappingProxyType(
                 promises=frozenset({"batch_independent"}),
                 page="docs/faithfulness.md",
             ),
+            MethodRow(
+                name="direct_logit_attribution",
+                function="mechattr.decomposition.direct:direct_logit_attribution",
+                citation="Elhage et al. 2021, A Mathematical Framework for Transformer Circuits; "
+                "Wang et al. 2022, Interpretability in the Wild, arXiv:2211.00593",
+                cost="1 forward pass a prompt, for all components",
+                promises=frozenset({"complete", "signed", "batch_independent"}),
+                page="docs/direct_logit_attribution.md",
+                takes="prompts",
+            ),
+            MethodRow(
+                name="logit_lens",
+                function="mechattr.decomposition.logit_lens:logit_lens",
+                citation="nostalgebraist 2020, interpreting GPT: the logit lens; "
+                "Belrose et al. 2023, Eliciting Latent Predictions with the Tuned Lens, arXiv:2303.08112",
+                cost="1 forward pass a prompt, and for each site one block and the unembedding",
+                promises=frozenset({"batch_independent"}),
+                page="docs/logit_lens.md",
+                takes="prompts",
+            ),
         )
     }
 )

@@ -11,6 +11,7 @@ import families
 from patching_cases import plain
 
 from mechattr.base import Artifact
+from mechattr.decomposition.lens_result import Lens
 from mechattr.decomposition.result import Decomposition
 from mechattr.methods import METHODS
 from mechattr.models import Batch
@@ -43,7 +44,20 @@ class PromptCase:
     backends: tuple[str, ...] = ("lens-gpt2", "nnsight-gpt2")
 
 
-CASES: dict[str, PromptCase] = {}
+CASES: dict[str, PromptCase] = {
+    "direct_logit_attribution": PromptCase(
+        method="direct_logit_attribution",
+        backends=("lens-gpt2", "nnsight-gpt2", "nnsight-local-gpt2"),
+        refuses={"bert": "norms act on the residual stream itself", "modernbert": "before the unembedding"},
+    ),
+    "logit_lens": PromptCase(
+        method="logit_lens",
+        targeted=False,
+        result=Lens,
+        settings={"target": 5, "foil": 7},
+        backends=("lens-gpt2", "nnsight-gpt2", "nnsight-local-gpt2"),
+    ),
+}
 
 
 def call(case: PromptCase, model: Any, prompt: Any, **settings: Any) -> Any:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from mechattr.decomposition.direct import direct_logit_attribution
+from mechattr.decomposition.lens_result import Lens
+from mechattr.decomposition.logit_lens import logit_lens
 from mechattr.decomposition.parts import AttentionParts, MlpParts, attention_parts, mlp_parts
 from mechattr.decomposition.prompt import Prompt, prompt_of
 from mechattr.decomposition.readout import Readout, readout
@@ -11,11 +14,14 @@ from mechattr.decomposition.target import Target, target_of, token_id
 __all__ = [
     "AttentionParts",
     "Decomposition",
+    "Lens",
     "MlpParts",
     "Prompt",
     "Readout",
     "Target",
     "attention_parts",
+    "direct_logit_attribution",
+    "logit_lens",
     "mlp_parts",
     "prompt_of",
     "readout",

@@ -35,19 +35,21 @@ class Prompt:
         return len(self.batch)
 
     def table(self, values: Tensor, axes: Sequence[str], **coords: Sequence[int | str]) -> Labelled:
-        """A tensor whose axes begin with `batch` as a table: NaN at padding, and without that axis for one text.
+        """A tensor whose axes begin with `batch` as a table: NaN (whole numbers: -1) at padding, and without that axis
+        for one text.
 
         Args:
             values: [batch, *axes].
             axes: the names of the rest; those of positions have the columns of the batch.
             **coords: of axes that are not counted from 0.
         """
+        blank = torch.nan if values.is_floating_point() else -1
         if self.batch.padded:
             for place, axis in enumerate(axes, start=1):
                 if axis in OVER_POSITIONS:
                     shape = [len(self), *([1] * len(axes))]
                     shape[place] = values.shape[place]
-                    values = values.masked_fill(~self.batch.mask.reshape(shape), torch.nan)
+                    values = values.masked_fill(~self.batch.mask.reshape(shape), blank)
         values = values.detach().cpu()
         if self.single:
             return Labelled(values[0], tuple(axes), coords)

@@ -51,8 +51,14 @@ def check_additive_stream(model: HookedModel, asked: str = "logits as a sum over
     """Whether the last residual stream is the sum of what was written to it.
 
     Raises:
-        UnsupportedFeatureError: a post-norm encoder.
+        UnsupportedFeatureError: a post-norm encoder, or one with layers between its last stream and the unembedding.
     """
+    if model.info.encoder and not model.info.post_norm:
+        raise UnsupportedFeatureError(
+            f"{asked} of {model.info.name!r} ({model.info.family})",
+            "an encoder, whose head has an activation before the unembedding: a logit is not linear in the stream",
+            "use a decoder, or ma.logit_lens, which runs the head as it is",
+        )
     if model.info.post_norm:
         raise UnsupportedFeatureError(
             f"{asked} of {model.info.name!r} ({model.info.family})",

@@ -3,8 +3,9 @@
 Each figure answers one question: `head_map` which heads and MLPs matter, `position_map` where in the prompt,
 `scatter` whether the estimate is right, `discovery_curve` how fast the strongest nodes are found, `bound_curve` what
 may be missed, `circuit_graph` which edges, `faithfulness_curve` how faithful a circuit is, `drop_bars` what it needs,
-`dots` how methods compare, `tokens_html` which tokens. Signed values are blue where positive, red where negative and
-white exactly at 0; limits lie at the 99th percentile of |value|, and the clipped count is stated.
+`dots` how methods compare, `tokens_html` which tokens, `lens_table` what is in each layer. Signed values are blue where
+positive, red where negative and white exactly at 0; limits lie at the 99th percentile of |value|, and the clipped count
+is stated.
 """
 
 from mechattr.draw.bars import drop_bars, drop_size
@@ -13,6 +14,7 @@ from mechattr.draw.decompositions import decomposition
 from mechattr.draw.dots import dots, dots_size
 from mechattr.draw.graph import circuit_graph, graph_size, node_name
 from mechattr.draw.heatmap import head_map, position_map
+from mechattr.draw.lens import lens_table
 from mechattr.draw.results import attribution
 from mechattr.draw.scatter import scatter, spearman
 from mechattr.draw.style import DPI, Limits, colours, limits, new_figure, pyplot_axes, save, style
@@ -34,6 +36,7 @@ __all__ = [
     "faithfulness_curve",
     "graph_size",
     "head_map",
+    "lens_table",
     "limits",
     "new_figure",
     "node_name",
