@@ -14,7 +14,10 @@ KINDS: dict[str, str] = {
     "evidence": "mechattr.evaluation.evidence_result:EvidenceScores",
     "erasure_probes": "mechattr.erasure.probes:ErasureProbes",
     "erasure_training": "mechattr.erasure.training:TrainingState",
+    "footprint": "mechattr.erasure.accuracy:Footprint",
     "faithfulness": "mechattr.evaluation.faithfulness:Faithfulness",
     "lens": "mechattr.decomposition.lens_result:Lens",
+    "implicit_vocabulary": "mechattr.erasure.vocabulary:ImplicitVocabulary",
     "minimality": "mechattr.evaluation.minimality:Minimality",
+    "segmentation": "mechattr.erasure.segment:Segmentation",
 }

@@ -12,6 +12,7 @@ from mechattr.draw.bars import drop_bars, drop_size
 from mechattr.draw.curves import bound_curve, discovery_curve, faithfulness_curve
 from mechattr.draw.decompositions import decomposition
 from mechattr.draw.dots import dots, dots_size
+from mechattr.draw.footprints import footprint_curve, segments_html
 from mechattr.draw.graph import circuit_graph, graph_size, node_name
 from mechattr.draw.heatmap import head_map, position_map
 from mechattr.draw.lens import lens_table
@@ -34,6 +35,7 @@ __all__ = [
     "drop_bars",
     "drop_size",
     "faithfulness_curve",
+    "footprint_curve",
     "graph_size",
     "head_map",
     "lens_table",
@@ -44,6 +46,7 @@ __all__ = [
     "pyplot_axes",
     "save",
     "scatter",
+    "segments_html",
     "spearman",
     "spell",
     "style",

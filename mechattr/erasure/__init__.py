@@ -2,10 +2,31 @@
 
 from __future__ import annotations
 
+from mechattr.erasure.accuracy import Footprint, footprint
 from mechattr.erasure.documents import read_texts
 from mechattr.erasure.fit import fit_probes
 from mechattr.erasure.probes import ErasureProbes
 from mechattr.erasure.psi import psi, segment_spans
 from mechattr.erasure.recipes import Closed, Descent
+from mechattr.erasure.segment import Segmentation, segment
+from mechattr.erasure.vocabulary import ImplicitVocabulary, read_out
+from mechattr.erasure.words import Words, entities_of, words_of
 
-__all__ = ["Closed", "Descent", "ErasureProbes", "fit_probes", "psi", "read_texts", "segment_spans"]
+__all__ = [
+    "Closed",
+    "Descent",
+    "ErasureProbes",
+    "Footprint",
+    "ImplicitVocabulary",
+    "Segmentation",
+    "Words",
+    "entities_of",
+    "fit_probes",
+    "footprint",
+    "psi",
+    "read_out",
+    "read_texts",
+    "segment",
+    "segment_spans",
+    "words_of",
+]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from letters_model import Letters, V, copying, texts
 from patching_cases import plain
 
 import mechattr as ma
@@ -17,50 +18,8 @@ from mechattr.erasure import Closed, Descent, ErasureProbes, fit_probes, read_te
 from mechattr.erasure.documents import aligned, check_layers, documents, encoded, site_of
 from mechattr.erasure.work import Work
 from mechattr.errors import MismatchError, SettingError
-from mechattr.models.plain import HookedPlain, plain_model
+from mechattr.models.plain import plain_model
 from mechattr.models.plain_config import PlainConfig
-
-V, N = 12, 9
-
-
-class Letters:
-    """A tokenizer of single letters, `a` being token 0; the first token of a text is always the same, `z` = V - 1."""
-
-    pad_token_id, eos_token_id, bos_token = 0, 0, None
-
-    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
-        return {"input_ids": [V - 1] + [ord(c) - 97 for c in text]}
-
-    def decode(self, ids: list[int], **_: Any) -> str:
-        return "".join(chr(97 + i) for i in ids)
-
-    def convert_ids_to_tokens(self, token: int) -> str:
-        return chr(97 + token)
-
-    def get_vocab(self) -> dict[str, int]:
-        return {chr(97 + i): i for i in range(V)}
-
-
-def copying() -> HookedPlain:
-    """A network of one block whose first head brings the previous token: the state at t then says x_t and x_{t-1}."""
-    c = PlainConfig.attention_only(
-        n_layers=1, n_heads=1, n_kv_heads=1, d_model=2 * V + N + 1, d_head=max(V, N + 1), d_vocab=V, n_ctx=N + 1
-    )
-    d, positions = c.d_model, N + 1
-    weights = {name: torch.zeros_like(tensor) for name, tensor in plain_model(c)._weights.items()}
-    weights["embed.W_E"][:, :V] = torch.eye(V, dtype=torch.float64)
-    weights["pos_embed.W_pos"][:, 2 * V :] = torch.eye(positions, dtype=torch.float64)
-    weights["blocks.0.attn.W_Q"][0, 2 * V :, :positions] = 300 * torch.eye(positions, dtype=torch.float64)
-    shift = torch.eye(positions, dtype=torch.float64).roll(1, 1)
-    weights["blocks.0.attn.W_K"][0, 2 * V : d, :positions] = shift
-    weights["blocks.0.attn.W_V"][0, :V, :V] = torch.eye(V, dtype=torch.float64)
-    weights["blocks.0.attn.W_O"][0, :V, V : 2 * V] = torch.eye(V, dtype=torch.float64)
-    return plain_model(c, weights, tokenizer=Letters())
-
-
-def texts(n: int = 80, seed: int = 0) -> list[str]:
-    draw = random.Random(seed)
-    return ["".join(draw.choices("abcdefghijk", k=draw.randint(4, N))) for _ in range(n)]
 
 
 def accuracy(probes: ErasureProbes, model: Any, rows: list[str], layer: int, offset: int) -> float:
