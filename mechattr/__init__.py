@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mechattr.artifact import Artifact, Attribution, Cache, open
     from mechattr.decomposition.direct import direct_logit_attribution
     from mechattr.decomposition.logit_lens import logit_lens
+    from mechattr.decomposition.lrp import lrp
     from mechattr.evaluation.estimate import estimate
     from mechattr.evaluation.faithfulness import faithfulness
     from mechattr.evaluation.minimality import minimality
@@ -57,6 +58,7 @@ _WHERE = {
     "faithfulness": "mechattr.evaluation.faithfulness:faithfulness",
     "load": "mechattr.models.load:load",
     "logit_lens": "mechattr.decomposition.logit_lens:logit_lens",
+    "lrp": "mechattr.decomposition.lrp:lrp",
     "minimality": "mechattr.evaluation.minimality:minimality",
     "missed_effect_bound": "mechattr.patching.bound:missed_effect_bound",
     "models": "mechattr.models",
@@ -92,6 +94,7 @@ __all__ = [
     "faithfulness",
     "load",
     "logit_lens",
+    "lrp",
     "minimality",
     "missed_effect_bound",
     "models",

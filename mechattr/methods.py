@@ -154,6 +154,17 @@ METHODS: Mapping[str, MethodRow] = MappingProxyType(
                 page="docs/logit_lens.md",
                 takes="prompts",
             ),
+            MethodRow(
+                name="lrp",
+                function="mechattr.decomposition.lrp:lrp",
+                citation="Ali et al. 2022, XAI for Transformers: Better Explanations through Conservative Propagation; "
+                "Achtibat et al. 2024, AttnLRP, arXiv:2402.05602",
+                cost="1 forward and 1 backward pass for each prompt and target; targets of one prompt share its "
+                "forward pass",
+                promises=frozenset({"complete", "signed", "batch_independent"}),
+                page="docs/lrp.md",
+                takes="prompts",
+            ),
         )
     }
 )

@@ -44,6 +44,9 @@ class PromptCase:
     backends: tuple[str, ...] = ("lens-gpt2", "nnsight-gpt2")
 
 
+# their rules act inside MLPs and attention
+_EXPERTS = {"mixtral": "the MLPs are mixtures of experts"}
+
 CASES: dict[str, PromptCase] = {
     "direct_logit_attribution": PromptCase(
         method="direct_logit_attribution",
@@ -56,6 +59,10 @@ CASES: dict[str, PromptCase] = {
         result=Lens,
         settings={"target": 5, "foil": 7},
         backends=("lens-gpt2", "nnsight-gpt2", "nnsight-local-gpt2"),
+    ),
+    "lrp": PromptCase(method="lrp", settings={"sites": ("z", "resid_pre")}, refuses=_EXPERTS, backends=()),
+    "attn_lrp": PromptCase(
+        method="lrp", settings={"variant": "attn", "sites": ("rot_k", "mlp_out")}, refuses=_EXPERTS, backends=()
     ),
 }
 

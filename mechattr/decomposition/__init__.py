@@ -5,6 +5,7 @@ from __future__ import annotations
 from mechattr.decomposition.direct import direct_logit_attribution
 from mechattr.decomposition.lens_result import Lens
 from mechattr.decomposition.logit_lens import logit_lens
+from mechattr.decomposition.lrp import lrp
 from mechattr.decomposition.parts import AttentionParts, MlpParts, attention_parts, mlp_parts
 from mechattr.decomposition.prompt import Prompt, prompt_of
 from mechattr.decomposition.readout import Readout, readout
@@ -22,6 +23,7 @@ __all__ = [
     "attention_parts",
     "direct_logit_attribution",
     "logit_lens",
+    "lrp",
     "mlp_parts",
     "prompt_of",
     "readout",
