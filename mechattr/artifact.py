@@ -17,7 +17,7 @@ from mechattr.errors import ArtifactError, AxisError, SettingError, UnknownNameE
 from mechattr.kinds import KINDS
 from mechattr.labelled import Labelled
 from mechattr.provenance import JSON
-from mechattr.ranking import is_node_table, largest, node_columns, node_vector
+from mechattr.ranking import FIELDS, is_node_table, largest, node_columns, node_vector
 from mechattr.sites import SITES, Node, full_name, parse, site_spec
 
 if TYPE_CHECKING:
@@ -260,9 +260,8 @@ class Attribution(Artifact):
         values = self._measure(which, _MEASURES)
         if node.site not in values:
             raise UnknownSiteError(f"{which} of {node}", f"scores of {', '.join(values)}", nearest(node.site, values))
-        head = "kv_head" if "kv_head" in values[node.site].axes else "head"
-        neuron = "latent" if "latent" in values[node.site].axes else "neuron"
-        where = {"layer": node.layer, "pos": node.pos, head: node.head, neuron: node.neuron}
+        axis_of = {FIELDS.get(axis, axis): axis for axis in values[node.site].axes}
+        where = {axis_of.get(name, name): getattr(node, name) for name in dict.fromkeys(FIELDS.values())}
         picked = values[node.site].sel(**{axis: value for axis, value in where.items() if value is not None})
         if picked.axes:
             raise AxisError(f"{which} of {node!r}", f"scores with axes {picked.axes} left", "give the node all of them")
@@ -271,8 +270,9 @@ class Attribution(Artifact):
     def to_pandas(self) -> pd.DataFrame:
         """All measured nodes, largest score first.
 
-        Columns: site, layer, pos, head (kv head for k and v), neuron, score, signed, contribution. Where a node has no
-        such coordinate the entry is `<NA>`, and where the method has no such measure NaN.
+        Columns: site, layer, pos, head (kv head for k and v), neuron (or latent, or expert), score, signed,
+        contribution. Where a node has no such coordinate the entry is `<NA>`, and where the method has no such measure
+        NaN.
 
         Raises:
             AxisError: scores of something that is not a node.
@@ -285,7 +285,7 @@ class Attribution(Artifact):
         vector = node_vector(self.scores)
         places = largest(vector, len(vector) if k is None else k)
         explicit = [item for score in self.scores.values() for item in score.explicit_coords.items()]
-        words = {"site", *(axis for axis, coords in explicit if any(isinstance(value, str) for value in coords))}
+        words = {"site", *(FIELDS[axis] for axis, coords in explicit if any(isinstance(x, str) for x in coords))}
         columns = {
             name: pd.Series(column, dtype=object if name in words else "Int64")
             for name, column in node_columns(self.scores, places).items()

@@ -13,21 +13,24 @@ from mechattr.errors import AxisError
 from mechattr.labelled import Coordinate, Labelled
 
 # Axis of a score table -> field of a node, in the order of the fields.
-_FIELDS = {"layer": "layer", "pos": "pos", "head": "head", "kv_head": "head", "neuron": "neuron", "latent": "neuron"}
+FIELDS = {
+    "layer": "layer", "pos": "pos", "source": "pos", "head": "head", "kv_head": "head",
+    "neuron": "neuron", "latent": "neuron", "expert": "neuron",
+}  # fmt: skip
 
 
 def is_node_table(table: Labelled) -> bool:
     """Whether each entry of a table is the score of one node."""
-    return set(table.axes) <= _FIELDS.keys()
+    return set(table.axes) <= FIELDS.keys()
 
 
 def _in_node_order(site: str, table: Labelled) -> Labelled:
     """The table with axes in the order of a node's fields and coordinates ascending: row-major order is node order."""
     if not is_node_table(table):
         raise AxisError(
-            f"nodes of {site!r}", f"axes {table.axes}", f"read the table itself; nodes have only {', '.join(_FIELDS)}"
+            f"nodes of {site!r}", f"axes {table.axes}", f"read the table itself; nodes have only {', '.join(FIELDS)}"
         )
-    axes = sorted(table.axes, key=list(_FIELDS).index)
+    axes = sorted(table.axes, key=list(FIELDS).index)
     ordered = {axis: sorted(coords, key=_coordinate_order) for axis, coords in table.explicit_coords.items()}
     picked = table.sel(**{axis: coords for axis, coords in ordered.items() if tuple(coords) != table.coords[axis]})
     return Labelled(picked.values.permute([picked.axes.index(axis) for axis in axes]), axes, picked.explicit_coords)
@@ -72,6 +75,6 @@ def node_columns(tables: Mapping[str, Labelled], places: Int[Tensor, " chosen"])
         # numpy cannot unravel into no dimensions: a table of one node has no coordinate to give
         along_axes = np.unravel_index(chosen[rows] - start, table.shape) if table.axes else ()
         for axis, along in zip(table.axes, along_axes, strict=True):
-            columns[_FIELDS[axis]][rows] = np.array(table.coords[axis], dtype=object)[along]
+            columns[FIELDS[axis]][rows] = np.array(table.coords[axis], dtype=object)[along]
         start += table.values.numel()
     return columns

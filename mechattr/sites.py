@@ -119,6 +119,11 @@ def reads_source(axes: Sequence[str]) -> bool:
     return axes[position_axis(axes)] in ("source", "source_query")
 
 
+def of_rows(axes: Sequence[str]) -> bool:
+    """Whether a site has a row for each query and head, as scores and patterns of attention."""
+    return position_axis(axes) == 2
+
+
 def of_source(short: str) -> bool:
     """Whether a site is there because of a source: cross-attention, or a part of an encoder beside a decoder."""
     return short.startswith("encoder_") or "cross" in short
@@ -207,10 +212,10 @@ def expand(names: str | Iterable[str], available: Sequence[str], layers: Iterabl
 @dataclass(frozen=True, slots=True, order=True)
 class Node:
     """One scored component: a site, a layer, and where they apply a position, a head (kv head for k and v) or a neuron
-    (a latent at the latents of a dictionary).
+    (a latent at the latents of a dictionary, an expert at `expert_out` and `router_logits`).
 
-    `pos` counts the real tokens of a prompt from 0; it is a span's name under named positions and `None` where all
-    positions are merged.
+    `pos` counts the real tokens of a prompt from 0, those of the source at sites of an encoder, `cross_k` and
+    `cross_v`; it is a span's name under named positions and `None` where all positions are merged.
     """
 
     site: str
@@ -221,11 +226,14 @@ class Node:
 
     @property
     def label(self) -> str:
-        """The name as figures show it: `L3H5 z`, `MLP 2`, `L2N17`, `L1 resid_pre`, `L2N17 resid_post_latents`."""
+        """The name as figures show it: `L3H5 z`, `MLP 2`, `L2N17`, `L1E3`, `L1E3 router_logits`, `L1 resid_pre`,
+        `L2N17 resid_post_latents`."""
         if self.layer is None:
             return self.site
         if self.head is not None:
             return f"L{self.layer}H{self.head} {self.site}"
+        if self.neuron is not None and "expert" in site_spec(self.site).axes:
+            return f"L{self.layer}E{self.neuron}" + (" router_logits" if self.site == "router_logits" else "")
         if self.neuron is not None:
             known = self.site.startswith("encoder_") or self.site in OF_DICTIONARIES
             return f"L{self.layer}N{self.neuron}" + (f" {self.site}" if known else "")

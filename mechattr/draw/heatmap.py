@@ -100,7 +100,8 @@ def head_map(
         ax.set_xticks(ticks + ([where] if mlps is not None else []), names + (["MLP"] if mlps is not None else []))
         _layer_ticks(ax, numbers)
         colour_bar([ax], cmap, norm, label, bounds, gaps=not (np.isfinite(grid).all() and np.isfinite(beside).all()))
-        cells = [(grid[i, j], i, float(j), f"L{numbers[i]}H{j}") for i in range(n_layers) for j in range(n_heads)]
+        kind = "E" if column.startswith("expert") else "H"
+        cells = [(grid[i, j], i, float(j), f"L{numbers[i]}{kind}{j}") for i in range(n_layers) for j in range(n_heads)]
         cells += [(beside[i, 0], i, where, f"MLP {numbers[i]}") for i in range(n_layers) if mlps is not None]
         measured = [cell for cell in cells if math.isfinite(cell[0]) and cell[0] != 0]
         _outline(ax, sorted(measured, key=lambda cell: -abs(cell[0]))[:n_outlined], lambda v: ink_on(cmap(norm(v))))

@@ -92,7 +92,8 @@ def activation_patching(
 
     Cost:
         2 forward passes a pair (1 with `source`), and (L - layer)/L of one for each node of each pair whose activation
-        differs; a whole one at sites outside the blocks.
+        differs; a whole one at sites outside the blocks
+        and of an encoder.
 
     References:
         Vig et al. 2020, Causal Mediation Analysis; Kramár et al. 2024, arXiv:2403.00745, equation 1.
@@ -106,7 +107,7 @@ def activation_patching(
     base, other = base_and_source(task, way)
     there = source_of(model, other, task.metric, table.names, source)
     rows = rows_of(base, batch_size)
-    run = Interventions(model, base, task.metric, there, table, places_of(task, mode), rows)
+    run = Interventions(model, base, task.metric, there, table, places_of(task, mode, table.sites), rows)
     key = {"task": task.hash(), "direction": way, "nodes": table.hash(), "rows": rows, "source": there.digest}
     results = sweep(
         run.groups(),

@@ -123,8 +123,9 @@ def attribution_patching(
         executor: `"ray"`, `"inprocess"` or an executor, to run the pairs block by block elsewhere; see `docs/scale.md`.
 
     Returns:
-        `scores[site]` and `signed[site]`, axes `layer`, `pos` (unless merged), and `head`, `kv_head` or `neuron`; in
-        the metric's unit. Pairs of identical prompts (`settings["n_identical_pairs"]`) score zero.
+        `scores[site]` and `signed[site]`, axes `layer`, `pos` (unless merged; `source` at sites of an encoder,
+        `cross_k` and `cross_v`), and `head`, `kv_head`, `neuron`, `latent` or `expert`; in the metric's unit. Pairs of
+        identical prompts (`settings["n_identical_pairs"]`) score zero.
 
     Raises:
         UnknownSiteError: a site that this model does not have.
@@ -157,8 +158,8 @@ def attribution_patching(
     chosen, _, left_out = variant_of(model.info, model.sites(), variant, unit)
     way = direction_of(direction)
     shorts = node_sites(model, sites)
-    mode = mode_of(task, positions)
-    places = places_of(task, mode)
+    mode = mode_of(task, positions, shorts)
+    places = places_of(task, mode, shorts)
     halving = Halving(rows_at_once(batch_size, PAIRS_AT_ONCE))
     base, other = base_and_source(task, way)
     sums = _Sums(model, shorts, places, chosen)
@@ -213,7 +214,7 @@ class _Sums:
     """The effects of all sites, batch by batch; one that runs out of memory does not count and is repeated in parts."""
 
     def __init__(self, model: HookedModel, shorts: Sequence[str], places: Places, variant: Variant) -> None:
-        self.merged, self.labels, self.variant = places.merged, places.labels, variant
+        self.places, self.variant = places, variant
         self.full = {short: taken_at(model, short) for short in shorts}
         self.names = tuple(dict.fromkeys(name for names in self.full.values() for name in names))
         self.total: dict[str, _Effect] = {}
@@ -238,16 +239,19 @@ class _Sums:
         """
         found = {}
         for short, names in self.full.items():
-            axes = node_axes(short, self.merged)
-            coords: dict[str, Any] = {} if self.merged else {"pos": self.labels}
-            if SITES[short].layered:
-                coords["layer"] = [parse(name)[1] for name in names]
+            axes, places = node_axes(short, self.places.merged), self.places.at(short)
+            known: dict[str, Any] = {
+                "layer": [parse(name)[1] for name in names],
+                "pos": places.labels,
+                "source": places.labels,
+            }
+            coords = {axis: known[axis] for axis in axes if axis in known}
             for kind, parts in (
                 ("score", [self.total[name].score for name in names]),
                 ("signed", [self.total[name].signed for name in names]),
             ):
                 _check_finite(dict(zip(names, parts, strict=True)))
-                whole = torch.stack([part[0] if self.merged else part for part in parts]).cpu() / n
+                whole = torch.stack([part[0] if places.merged else part for part in parts]).cpu() / n
                 found[f"{kind}/{short}"] = Labelled(whole if SITES[short].layered else whole[0], axes, coords)
         return found
 

@@ -19,7 +19,7 @@ from mechattr.sites import full_name, host_of, parse
 UNITS = ("block", "sublayer")
 LN1 = frozenset({"ln1_scale", "ln1"})
 ATTENTION = LN1 | {"q", "k", "v", "rot_q", "rot_k", "attn_scores", "pattern", "z", "result", "attn_out"}
-MLP = frozenset({"ln2_scale", "ln2", "mlp_pre", "mlp_pre_linear", "mlp_post", "mlp_out"})
+MLP = frozenset({"ln2_scale", "ln2", "mlp_pre", "mlp_pre_linear", "mlp_post", "router_logits", "expert_out", "mlp_out"})
 STREAM = frozenset({"resid_pre", "resid_mid"})
 
 Reach = Literal["again", "full", "none"]

@@ -241,7 +241,7 @@ class Effects:
             if name in self._linear:
                 change = self._change(name, activation)
                 product = change * gradient.to(change.dtype)
-                put((name, False), self.places.gather(per_node(name, product)))
+                put((name, False), self.places.at(name).gather(per_node(name, product)))
 
         return visit
 
@@ -257,7 +257,7 @@ class Effects:
         return change
 
     def _note(self, name: str, change: Tensor) -> None:
-        self.differs[name] = self.places.gather(per_node(name, (change != 0).to(change.dtype))) != 0
+        self.differs[name] = self.places.at(name).gather(per_node(name, (change != 0).to(change.dtype))) != 0
 
     def _through_softmax(self, layer: int, gradient: Tensor, put: Callable[[Key, Tensor], None]) -> None:
         fix = self._fixes.get(layer) or self._fix(layer)
@@ -290,5 +290,5 @@ class Effects:
             nothing = torch.zeros_like(
                 self.source[name], dtype=torch.promote_types(self.source[name].dtype, torch.float32)
             )
-            self.full[name, fixed] = self.places.gather(per_node(name, nothing))
+            self.full[name, fixed] = self.places.at(name).gather(per_node(name, nothing))
             self.differs.setdefault(name, self.full[name, fixed] != 0)

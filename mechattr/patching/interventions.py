@@ -32,7 +32,8 @@ Index = tuple[Tensor, ...]
 
 def rows_of(base: Batch, batch_size: int | None) -> int:
     """Rows of one forward pass."""
-    return rows_at_once(batch_size, max(8, TOKENS_AT_ONCE // base.tokens.shape[1]))
+    source = 0 if base.source is None else base.source.tokens.shape[1]
+    return rows_at_once(batch_size, max(8, TOKENS_AT_ONCE // (base.tokens.shape[1] + source)))
 
 
 def share_of(layer: int | None, n_layers: int) -> float:
@@ -221,7 +222,7 @@ class Interventions:
     def changed(self, name: str, here: Float[Tensor, "pair ..."]) -> Bool[Tensor, "pair place ..."]:
         """Which nodes of a site differ from what takes their place."""
         differs = self.now.source[name] != here
-        return self.now.places.gather(per_node(name, differs.float())) != 0
+        return self.now.places.at(name).gather(per_node(name, differs.float())) != 0
 
     def replacement(self, name: str, index: Index, place: Int[Tensor, " entry"]) -> Tensor:  # noqa: ARG002
         """What takes the place of entries of a site: those of each pair at (column, feature), of these places."""

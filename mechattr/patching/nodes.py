@@ -15,6 +15,7 @@ from mechattr.errors import EmptyTaskError, SettingError
 from mechattr.labelled import Labelled
 from mechattr.models.base import HookedModel
 from mechattr.patching.places import (
+    NEURONS,
     Places,
     Positions,
     feature_of,
@@ -24,7 +25,7 @@ from mechattr.patching.places import (
     places_of,
     taken_at,
 )
-from mechattr.sites import SITES, Node, full_name, parse
+from mechattr.sites import SITES, Node, full_name, of_rows, parse, reads_source
 from mechattr.tasks.task import Task
 
 NONE = -1
@@ -38,10 +39,11 @@ class NodeTable:
         sites: the short names.
         names: the full names at which nodes are taken.
         name: for each node, the index of its full name.
-        layer: for each node its layer, -1 for the embeddings.
+        layer: for each node the block that a run may begin with; -1 where it is in none, or in an encoder.
         place: for each node the index of its place.
         feature: for each node its head or neuron, -1 where a place has one node.
         labels: the coordinates of places; empty where all positions are merged.
+        source_labels: those of places of a source; empty where no node is there, too.
         tables: for each site, the axes and coordinates of its scores and the nodes' places in them.
     """
 
@@ -53,17 +55,18 @@ class NodeTable:
     feature: Tensor
     labels: tuple[int | str, ...]
     tables: dict[str, tuple[tuple[str, ...], dict[str, Any], Tensor, Tensor]]
+    source_labels: tuple[int | str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.name)
 
     @property
     def layers(self) -> list[int | None]:
-        """The layers that have nodes, embeddings (`None`) first."""
+        """The blocks that a run may begin with, the whole network (`None`) first."""
         return [None if layer == NONE else layer for layer in sorted(set(self.layer.tolist()))]
 
     def of_layer(self, layer: int | None) -> Tensor:
-        """Indices of the nodes of one layer."""
+        """Indices of the nodes for which a run may begin with a block."""
         return (self.layer == (NONE if layer is None else layer)).nonzero()[:, 0]
 
     def nodes(self) -> list[Node]:
@@ -73,18 +76,19 @@ class NodeTable:
             for i in mine.tolist():
                 site[i] = short
         found = []
-        for short, layer, place, feature in zip(
-            site, self.layer.tolist(), self.place.tolist(), self.feature.tolist(), strict=True
+        layers = [parse(name)[1] for name in self.names]
+        for short, name, place, feature in zip(
+            site, self.name.tolist(), self.place.tolist(), self.feature.tolist(), strict=True
         ):
-            kind = "neuron" if feature_of(short) in ("neuron", "latent") else "head"
+            kind = "neuron" if feature_of(short) in NEURONS else "head"
             which = {} if feature == NONE else {kind: feature}
-            pos = self.labels[place] if self.labels else None
-            found.append(Node(short, None if layer == NONE else layer, pos, **which))
+            labels = self.source_labels if reads_source(SITES[short].axes) else self.labels
+            found.append(Node(short, layers[name], labels[place] if labels else None, **which))
         return found
 
     def hash(self) -> str:
         """sha256 of the nodes."""
-        digest = hashlib.sha256(repr((self.names, self.labels)).encode())
+        digest = hashlib.sha256(repr((self.names, self.labels, *self.source_labels)).encode())
         for column in (self.name, self.layer, self.place, self.feature):
             digest.update(column.numpy().tobytes())
         return digest.hexdigest()
@@ -109,16 +113,17 @@ class NodeTable:
             pairs: the pair of each row.
             places: the columns of each place.
         """
-        device = places.where.device
         for i in sorted(set(self.name[nodes].tolist())):
             rows = (self.name[nodes] == i).nonzero()[:, 0]
             mine = nodes[rows]
-            columns = places.where[pairs[rows].to(device), self.place[mine].to(device)]  # [row, column]
+            where = places.at(self.names[i]).where
+            device = where.device
+            columns = where[pairs[rows].to(device), self.place[mine].to(device)]  # [row, column]
             which, column = columns.nonzero(as_tuple=True)
             row, pair = rows.to(device)[which], pairs[rows].to(device)[which]
             feature = self.feature[mine].to(device)[which]
             axes = SITES[parse(self.names[i])[0]].axes
-            if "query" in axes:
+            if of_rows(axes):
                 yield self.names[i], (row, feature, column), (pair, feature, column)
             elif feature_of(parse(self.names[i])[0]) is None:
                 yield self.names[i], (row, column), (pair, column)
@@ -147,11 +152,11 @@ def every_node(model: HookedModel, sites: Sequence[str], places: Places) -> Node
         grid = torch.cartesian_prod(
             torch.tensor([sites.index(short)]),
             torch.tensor(layers),
-            torch.arange(max(1, len(places.labels))),
+            torch.arange(max(1, len(places.at(short).labels))),
             torch.tensor(list(features)),
         )
         columns.append(grid)
-    return _build(model, tuple(sites), torch.cat(columns), places.labels)
+    return _build(model, tuple(sites), torch.cat(columns), places)
 
 
 def asked(
@@ -165,8 +170,9 @@ def asked(
     those of `table_of`, `node_sites`, `mode_of` and `places_of`."""
     if nodes is not None:
         return table_of(model, task, nodes, positions)
-    mode = mode_of(task, positions)
-    return every_node(model, node_sites(model, sites), places_of(task, mode)), mode
+    shorts = node_sites(model, sites)
+    mode = mode_of(task, positions, shorts)
+    return every_node(model, shorts, places_of(task, mode, shorts)), mode
 
 
 def table_of(
@@ -193,20 +199,21 @@ def table_of(
     mode: Positions = kinds.pop()  # type: ignore[assignment]
     if positions not in (None, mode):
         raise SettingError(f"positions={positions!r}", f"nodes with {mode} positions", "leave positions out")
-    places = places_of(task, mode)
     sites = node_sites(model, list(dict.fromkeys(n.site for n in nodes)))
-    place = {label: i for i, label in enumerate(places.labels)}
+    places = places_of(task, mode, sites)
+    labels = {short: places.at(short).labels for short in sites}
     rows = []
     for node in dict.fromkeys(nodes):
         _check(model, node)
-        if node.pos is not None and node.pos not in place:
+        here = labels[node.site]
+        if node.pos is not None and node.pos not in here:
             raise SettingError(
-                f"node {node}", f"positions of this task: {_some(places.labels)}", "name a position that every pair has"
+                f"node {node}", f"positions of this task: {_some(here)}", "name a position that every pair has"
             )
         feature = next((f for f in (node.head, node.neuron) if f is not None), NONE)
         layer = NONE if node.layer is None else node.layer
-        rows.append([sites.index(node.site), layer, 0 if node.pos is None else place[node.pos], feature])
-    return _build(model, sites, torch.tensor(rows), places.labels), mode
+        rows.append([sites.index(node.site), layer, 0 if node.pos is None else here.index(node.pos), feature])
+    return _build(model, sites, torch.tensor(rows), places), mode
 
 
 def _some(labels: Sequence[int | str]) -> str:
@@ -227,11 +234,12 @@ def _check(model: HookedModel, node: Node) -> None:
     sizes = info.sizes_at(node.site)
     problems = []
     if SITES[node.site].layered:
-        if not _among(node.layer, info.n_layers):
-            problems.append(f"layer {node.layer}: layers run from 0 to {info.n_layers - 1}")
+        layers = info.n_encoder_layers if node.site.startswith("encoder_") else info.n_layers
+        if not _among(node.layer, layers):
+            problems.append(f"layer {node.layer}: layers run from 0 to {layers - 1}")
     elif node.layer is not None:
         problems.append(f"layer {node.layer}: {node.site} exists once in the model")
-    for field, value, axes in (("head", node.head, ("head", "kv_head")), ("neuron", node.neuron, ("neuron", "latent"))):
+    for field, value, axes in (("head", node.head, ("head", "kv_head")), ("neuron", node.neuron, NEURONS)):
         if feature is not None and feature in axes:
             if not _among(value, sizes[feature]):
                 problems.append(f"{field} {value}: {feature} runs from 0 to {sizes[feature] - 1}")
@@ -241,10 +249,11 @@ def _check(model: HookedModel, node: Node) -> None:
         raise SettingError(f"node {node!r}", "; ".join(problems), "name a node that this model has")
 
 
-def _build(model: HookedModel, sites: tuple[str, ...], rows: Tensor, labels: tuple[int | str, ...]) -> NodeTable:
+def _build(model: HookedModel, sites: tuple[str, ...], rows: Tensor, places: Places) -> NodeTable:
     """A table from rows (site, layer, place, feature)."""
     names: list[str] = []
     name_of = torch.zeros(len(rows), dtype=torch.long)
+    begin = rows[:, 1].clone()
     tables = {}
     for i, short in enumerate(sites):
         mine = (rows[:, 0] == i).nonzero()[:, 0]
@@ -253,13 +262,17 @@ def _build(model: HookedModel, sites: tuple[str, ...], rows: Tensor, labels: tup
             name = full_name(taken, None if layer == NONE else layer)
             name_of[mine[rows[mine, 1] == layer]] = len(names)
             names.append(name)
-        axes = node_axes(short, merged=not labels)
+        if short.startswith("encoder_"):
+            begin[mine] = NONE
+        labels = places.at(short).labels
+        axes = node_axes(short, places.merged)
         coords: dict[str, Any] = {}
         flat = torch.zeros(len(mine), dtype=torch.long)
         for axis in axes:
-            column = {"layer": 1, "pos": 2}.get(axis, 3)
+            column = {"layer": 1, "pos": 2, "source": 2}.get(axis, 3)
             values, index = rows[mine, column].unique(return_inverse=True)
             flat = flat * len(values) + index
-            coords[axis] = [labels[v] for v in values.tolist()] if axis == "pos" else values.tolist()
+            coords[axis] = [labels[v] for v in values.tolist()] if column == 2 else values.tolist()
         tables[short] = (axes, coords, mine, flat)
-    return NodeTable(sites, tuple(names), name_of, rows[:, 1], rows[:, 2], rows[:, 3], labels, tables)
+    source = () if places.source is None else places.source.labels
+    return NodeTable(sites, tuple(names), name_of, begin, rows[:, 2], rows[:, 3], places.labels, tables, source)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, cast
 
 import torch
@@ -20,7 +20,7 @@ from mechattr.errors import (
     nearest,
 )
 from mechattr.models.base import Batch, HookedModel
-from mechattr.sites import SITES, expand, parse, reads_source, site_spec
+from mechattr.sites import SITES, expand, of_rows, parse, reads_source, site_spec
 from mechattr.tasks.task import Task
 
 Direction = Literal["noising", "denoising"]
@@ -31,6 +31,7 @@ EXPERT_SITES = ("q", "k", "v", "z", "mlp_out")  # a mixture of experts has no ne
 
 # Replacing a whole vector before or after a map that acts on that vector alone is one intervention, so q and k are
 # taken where attention uses them: an estimate then need not linearise rotary embedding and norms.
+NEURONS = ("neuron", "latent", "expert")  # axes whose entries `Node.neuron` numbers
 TAKEN_AT = {"q": "rot_q", "k": "rot_k"}
 
 
@@ -41,11 +42,13 @@ class Places:
     Attributes:
         labels: their coordinates on the axis `pos`: position numbers or span names; empty where all are merged.
         where: true at the columns of each pair that belong to each place.
+        source: the places of what an encoder reads, where sites of it were asked for.
         identity: whether place i is column i in every pair.
     """
 
     labels: tuple[int | str, ...]
     where: Bool[Tensor, "pair place column"]
+    source: Places | None = None
     identity: bool = field(init=False)
 
     def __post_init__(self) -> None:
@@ -59,7 +62,15 @@ class Places:
 
     def rows(self, index: Sequence[int]) -> Places:
         """The same places of some pairs."""
-        return Places(self.labels, self.where[list(index)])
+        source = None if self.source is None else self.source.rows(index)
+        return Places(self.labels, self.where[list(index)], source)
+
+    def at(self, site: str) -> Places:
+        """The places of a site, by its short or full name: those of the source where its positions are."""
+        if not reads_source(site_spec(site).axes):
+            return self
+        assert self.source is not None  # they are asked for with the sites
+        return self.source
 
     def gather(self, x: Float[Tensor, "pair column ..."]) -> Float[Tensor, "pair place ..."]:
         """Sums the columns of each place."""
@@ -96,8 +107,8 @@ def check_call(what: str, model: HookedModel, task: Task, *, sources: bool = Fal
         raise UnsupportedFeatureError(what, found, "use activation_patching or attribution_patching")
 
 
-def mode_of(task: Task, positions: Positions | None) -> Positions:
-    """What positions mean for a task: as asked, or by default what its pairs have in common.
+def mode_of(task: Task, positions: Positions | None, sites: Sequence[str] = ()) -> Positions:
+    """What positions mean for a task: as asked, or by default what its pairs have in common at some sites.
 
     The default is every position where all pairs align, else the spans that the task names in every pair. Prompts that
     share nothing but their end give no default: then the caller has to choose.
@@ -107,6 +118,8 @@ def mode_of(task: Task, positions: Positions | None) -> Positions:
     """
     if positions is not None:
         return positions
+    if sites and all(reads_source(SITES[short].axes) for short in sites):
+        return "aligned"  # a source has no spans
     shared = set.intersection(*(set(spans) for spans in task.spans)) if task.spans else set()
     if not task.aligned and shared - {"END"}:
         return "named"
@@ -114,26 +127,38 @@ def mode_of(task: Task, positions: Positions | None) -> Positions:
     return "aligned"
 
 
-def places_of(task: Task, positions: Positions) -> Places:
+def places_of(task: Task, positions: Positions, sites: Sequence[str] = ()) -> Places:
     """The comparable positions of a task.
 
     Args:
         task: prompt pairs.
         positions: `"aligned"` (every position), `"named"` (the task's spans) or `"all"` (merged).
+        sites: short names; where all of them are at positions of a source, or some, its places are made, too.
 
     Raises:
         AlignmentError: positions are not comparable across the pairs, or the two prompts of a pair are padded
             differently.
         UnknownNameError: another word for `positions`.
     """
-    if not torch.equal(task.clean.mask, task.corrupt.mask):
+    sides = [reads_source(SITES[short].axes) for short in sites]
+    source = _places(task, positions, source=True) if any(sides) else None
+    if source is not None and all(sides):
+        return replace(source, source=source)
+    own = _places(task, positions, source=False)
+    return own if source is None else replace(own, source=source)
+
+
+def _places(task: Task, positions: Positions, *, source: bool) -> Places:
+    """The comparable positions of the prompts, or of what an encoder reads."""
+    clean, corrupt = (task.clean.prompt, task.corrupt.prompt) if source else (task.clean, task.corrupt)
+    if not torch.equal(clean.mask, corrupt.mask):
         raise AlignmentError(
             f"patching on task {task.name!r}",
             "clean and corrupt prompts with different lengths or padding",
             "build the task with ma.tasks.from_pairs, which checks each pair",
         )
-    spans = task.positions(positions)
-    columns = task.clean.positions
+    spans = task.positions(positions, source=source)
+    columns = clean.positions
     masks = []
     for pairs in spans.values():
         low = torch.tensor([span[0] for span in pairs], device=columns.device)[:, None]
@@ -152,7 +177,6 @@ def node_sites(model: HookedModel, sites: str | Sequence[str] | None) -> tuple[s
 
     Raises:
         UnknownSiteError: not a site, or not one of this model.
-        UnsupportedFeatureError: a site of experts.
         SettingError: no names.
     """
     if sites is None:
@@ -166,18 +190,6 @@ def node_sites(model: HookedModel, sites: str | Sequence[str] | None) -> tuple[s
         if short != name:
             raise UnknownSiteError(f"site {name!r}", "sites of a table are short names", f"use {short!r}")
         expand(short, model.sites())
-        if reads_source(SITES[short].axes):
-            raise UnsupportedFeatureError(
-                f"nodes at {short}",
-                "its positions are those of the source, and those of nodes are the decoder's",
-                "score cross_q, cross_z or cross_attn_out, or use run with edits, which count source tokens there",
-            )
-        if "expert" in SITES[short].axes:
-            raise UnsupportedFeatureError(
-                f"nodes at {short}",
-                "a node has no expert",
-                f"score mlp_out, or edit with Edit({short!r}, Zero(), experts=[...])",
-            )
         shorts.append(short)
     if not shorts:
         raise SettingError("sites", "an empty list", f"choose among {', '.join(DEFAULT_SITES)}, ...")
@@ -190,8 +202,8 @@ def taken_at(model: HookedModel, short: str) -> list[str]:
 
 
 def feature_of(short: str) -> str | None:
-    """The axis that tells the nodes of one place apart: `head`, `kv_head`, `neuron`, `latent` or none."""
-    return next((axis for axis in SITES[short].axes if axis in ("head", "kv_head", "neuron", "latent")), None)
+    """The axis that tells the nodes of one place apart: `head`, `kv_head`, `neuron`, `latent`, `expert` or none."""
+    return next((axis for axis in SITES[short].axes if axis in ("head", "kv_head", *NEURONS)), None)
 
 
 def node_axes(short: str, merged: bool) -> tuple[str, ...]:
@@ -199,7 +211,7 @@ def node_axes(short: str, merged: bool) -> tuple[str, ...]:
     feature = feature_of(short)
     return (
         *(("layer",) if SITES[short].layered else ()),
-        *(() if merged else ("pos",)),
+        *(() if merged else ("source" if reads_source(SITES[short].axes) else "pos",)),
         *(() if feature is None else (feature,)),
     )
 
@@ -207,9 +219,9 @@ def node_axes(short: str, merged: bool) -> tuple[str, ...]:
 def per_node(name: str, x: Tensor) -> Float[Tensor, "pair column ..."]:
     """Sums a tensor shaped like a site's activation over what is inside a node."""
     axes = SITES[parse(name)[0]].axes
-    if "query" in axes:  # a node is one query row of a head's pattern
+    if of_rows(axes):  # a node is one query row of a head's pattern
         return x.sum(-1).transpose(1, 2)
-    return x if axes[-1] in ("neuron", "latent") or len(axes) == 2 else x.sum(-1)
+    return x if axes[-1] in NEURONS or len(axes) == 2 else x.sum(-1)
 
 
 def direction_of(direction: str) -> Direction:

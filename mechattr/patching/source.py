@@ -90,8 +90,9 @@ def source_of(
                 "record this task's corrupt prompts under noising, its clean ones under denoising",
             )
     values = {name: recording.tensors[name].values for name in wanted}
+    rows, columns = batch.tokens.shape
     for name, x in values.items():
-        shape = shape_of(name, model.info, *batch.tokens.shape)
+        shape = shape_of(name, model.info, rows, columns, batch.prompt.tokens.shape[1])
         if tuple(x.shape) != shape:
             raise MismatchError(
                 f"{name} of shape {shape}",
@@ -101,8 +102,9 @@ def source_of(
     return Source(model, batch, metric, wanted, values)
 
 
-def shape_of(name: str, info: ModelInfo, rows: int, columns: int) -> tuple[int, ...]:
-    """The shape of a site's activation on a batch of so many rows and columns."""
+def shape_of(name: str, info: ModelInfo, rows: int, columns: int, source: int = 0) -> tuple[int, ...]:
+    """The shape of a site's activation on a batch of so many rows and columns, and columns of the source."""
     short = parse(name)[0]
     sizes = {"batch": rows, "pos": columns, "query": columns, "key": columns, **info.sizes_at(short)}
+    sizes |= {"source": source, "source_query": source}
     return tuple(sizes[axis] for axis in SITES[short].axes)

@@ -41,9 +41,9 @@ class Block(Task):
         """Whether a position means the same in every pair of the whole task."""
         return self.whole.aligned
 
-    def positions(self, mode: PositionMode) -> dict[str, tuple[Span, ...]]:
+    def positions(self, mode: PositionMode, *, source: bool = False) -> dict[str, tuple[Span, ...]]:
         """The places of the whole task, at these pairs."""
-        found = self.whole.positions(mode)
+        found = self.whole.positions(mode, source=source)
         return {label: tuple(spans[i] for i in self.index) for label, spans in found.items()}
 
     def rows(self, index: Tensor | Sequence[int]) -> Task:

@@ -72,7 +72,7 @@ def build(
     if reads and any(pair.spans for pair in pairs):
         raise UnsupportedFeatureError(
             f"named spans in task {name!r}",
-            f"{model.info.name!r} is an encoder-decoder model, in which positions of nodes are the decoder's",
+            f"{model.info.name!r} is an encoder-decoder model: spans are its decoder's, and the prompts its source",
             "leave spans out",
         )
     tails = [pair.answer[:-1] if sequence else () for pair in pairs]

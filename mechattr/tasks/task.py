@@ -60,7 +60,10 @@ class Task:
     def aligned(self) -> bool:
         """Whether a position means the same in every pair: equal token lengths, and where it is known how the pairs
         were drawn, one template and the named spans on the same positions."""
-        return len(set(self.clean.lengths.tolist())) == 1 and self._layouts <= 1
+        return self._aligns(self.clean)
+
+    def _aligns(self, rows: Batch) -> bool:
+        return len(set(rows.lengths.tolist())) == 1 and self._layouts <= 1
 
     @property
     def _layouts(self) -> int:
@@ -90,19 +93,24 @@ class Task:
             factors=tuple(self.factors[i] for i in chosen) if self.factors else (),
         )
 
-    def positions(self, mode: PositionMode) -> dict[str, tuple[Span, ...]]:
+    def positions(self, mode: PositionMode, *, source: bool = False) -> dict[str, tuple[Span, ...]]:
         """Places that are comparable across pairs: label -> for each pair (first position, one past the last).
 
         Args:
             mode: "aligned": every position is a place; "named": the spans that all pairs have; "all": one place, the
                 whole prompt.
+            source: places of what the encoder of an encoder-decoder model reads, instead of its decoder.
 
         Raises:
-            AlignmentError: the pairs do not align, or have no span in common.
+            AlignmentError: the pairs do not align, or have no span in common; or spans in a source.
             UnknownNameError: another mode.
         """
+        rows = self.clean.prompt if source else self.clean
         if mode == "all":
-            return {"all": tuple((0, int(length)) for length in self.clean.lengths)}
+            return {"all": tuple((0, int(length)) for length in rows.lengths)}
+        if mode == "named" and source:
+            found = "spans of an encoder-decoder model's task are positions of its decoder"
+            raise AlignmentError("positions='named' in a source", found, "use positions='aligned' or positions='all'")
         if mode == "named":
             shared = [name for name in self.spans[0] if all(name in spans for spans in self.spans)]
             if not shared:
@@ -114,16 +122,16 @@ class Task:
             return {name: tuple(spans[name] for spans in self.spans) for name in shared}
         if mode != "aligned":
             raise UnknownNameError("positions", repr(mode), nearest(str(mode), ("aligned", "named", "all")))
-        if not self.aligned:
-            lengths = self.clean.lengths
+        if not self._aligns(rows):
+            lengths = rows.lengths
             raise AlignmentError(
-                f"a table by position over the {len(self)} pairs of task {self.name!r}",
-                f"prompts of {int(lengths.min())} to {int(lengths.max())} tokens, of "
+                f"a table by {'source ' * source}position over the {len(self)} pairs of task {self.name!r}",
+                f"{'sources' if source else 'prompts'} of {int(lengths.min())} to {int(lengths.max())} tokens, of "
                 f"{max(1, self._layouts)} template(s) with their spans",
                 "use positions='named' (the task's spans) or positions='all', or make the task from one template "
                 "(and of one order or kind, where it has these)",
             )
-        return {str(i): ((i, i + 1),) * len(self) for i in range(int(self.clean.lengths[0]))}
+        return {str(i): ((i, i + 1),) * len(self) for i in range(int(rows.lengths[0]))}
 
     def sample(self, pair: int = 0) -> tuple[list[tuple[str, bool]], list[tuple[str, bool]]]:
         """One pair for reading: for the clean and the corrupt prompt, (token text, whether it differs)."""

@@ -9,8 +9,15 @@ import pytest
 import torch
 
 import mechattr as ma
-from mechattr.errors import SettingError, UnknownNameError, UnsupportedFeatureError, UnsupportedModelError
-from mechattr.models import Add, Batch, Edit, HookedHF, Set, Zero
+from mechattr.engines.executors import InProcess
+from mechattr.errors import (
+    AlignmentError,
+    SettingError,
+    UnknownNameError,
+    UnsupportedFeatureError,
+    UnsupportedModelError,
+)
+from mechattr.models import Add, Batch, Edit, HookedHF, Set, Start, Zero
 from mechattr.models.small import small_model
 from mechattr.sites import Node, full_name, of_source, parse
 
@@ -190,6 +197,125 @@ def test_patching_heads_of_cross_attention_is_one_whole_run_each():
     assert not found.scores["z"].sel(layer=0).values.any()
 
 
+SOURCE_SITES = ("encoder_embed", "encoder_z", "encoder_pattern", "encoder_mlp_out", "cross_k", "cross_v")
+UNEVEN = [
+    ANSWERED[0],
+    {"clean_tokens": [11, 17, 30, 8, 1], "corrupt_tokens": [12, 17, 30, 8, 1], "answer": 22, "foil": 6},
+]
+
+
+def by_hand(model, task, node, *, shift=0, start=False):
+    """A node's mean effect, with an edit for each pair."""
+    effects = []
+    for pair in range(len(task)):
+        clean, corrupt = (side.rows([pair]) for side in (task.clean, task.corrupt))
+        other = model.run(corrupt, record=node.site).activations
+        base = model.run(clean, metric=task.metric, record="resid_pre")
+        which = {
+            name: None if value is None else [value] for name, value in (("layers", node.layer), ("heads", node.head))
+        }
+        place = None if node.pos is None else [(node.pos + shift) % int(clean.source.lengths[0])]
+        begin = Start(node.layer, base.activations["resid_pre", node.layer].values) if start else None
+        edits = [Edit(node.site, Set(other), positions=place, **which)]
+        effects.append(float(model.run(clean, edits=edits, metric=task.metric, start=begin).metric - base.metric))
+    return sum(effects) / len(effects)
+
+
+@every_family
+@pytest.mark.parametrize("positions", ["aligned", "all"])
+def test_the_effect_of_a_node_of_the_source_is_that_of_an_edit(family, positions):
+    model = families.hooked(family, torch.float64)
+    task = ma.tasks.from_pairs(model, ANSWERED if positions == "aligned" else UNEVEN)
+    found = ma.activation_patching(model, task, sites=SOURCE_SITES, positions=positions, progress=False)
+    close = {"rtol": 0, "atol": 1e-5}  # RMS norms of transformers work in float32
+    nodes = found.top(20)
+    assert {node.site for node in nodes} > {"encoder_z", "cross_v"}
+    for node in nodes:
+        torch.testing.assert_close(found.value(node, "signed"), by_hand(model, task, node), **close)
+    above = next(n for n in nodes if n.layer == 1 and n.site.startswith("encoder_"))
+    with pytest.raises(AssertionError):  # control: a run that starts at the decoder's block of the same number
+        torch.testing.assert_close(found.value(above, "signed"), by_hand(model, task, above, start=True), **close)
+    if positions == "aligned":
+        with pytest.raises(AssertionError):  # control: the position beside it
+            torch.testing.assert_close(
+                found.value(nodes[0], "signed"), by_hand(model, task, nodes[0], shift=1), **close
+            )
+
+
+@every_family
+def test_estimates_at_the_source_are_the_effects_of_a_small_step(family):
+    """A step that is small enough leaves the metric linear in every node, whatever the model."""
+    model, step, sites = families.hooked(family, torch.float64), 1e-6, (*SOURCE_SITES, "cross_z")
+    task = ma.tasks.from_pairs(model, ANSWERED)
+    with families.widened():
+        here, there = (model.run(side, record=sites).activations for side in (task.clean, task.corrupt))
+        near = ma.Cache({n: here[n] + step * (there[n] - here[n]) for n in here}, settings={}, provenance={})
+        atp = ma.attribution_patching(model, task, sites=sites, variant="atp", source=near, progress=False)
+        exact = ma.activation_patching(model, task, sites=sites, source=near, progress=False)
+    close = {"rtol": 1e-3, "atol": 1e-6}  # second order in the step, and differences of metrics over the step
+    for site in sites:
+        found, wanted = (result.signed[site].values / step for result in (atp, exact))
+        torch.testing.assert_close(found, wanted, **close)
+        if site != "cross_z":
+            assert atp.signed[site].axes[1 if site != "encoder_embed" else 0] == "source"
+            with pytest.raises(AssertionError):  # control: an estimate of the next position
+                torch.testing.assert_close(found.roll(1, 0 if site == "encoder_embed" else 1), wanted, **close)
+
+
+def test_positions_of_nodes_and_what_they_mean_are_those_of_their_side(tmp_path):
+    model = families.hooked("mt5")  # 3 layers of the encoder, 2 of the decoder
+    task = ma.tasks.from_pairs(model, ANSWERED)
+    found = ma.attribution_patching(model, task, sites=("encoder_z", "cross_z", "cross_v"), progress=False)
+    assert [found.scores[site].axes[1] for site in found.scores] == ["source", "pos", "source"]
+    assert [found.scores[site].shape[:2] for site in found.scores] == [(3, 4), (2, 1), (2, 4)]
+    exact = ma.activation_patching(model, task, nodes=found.top(9), progress=False)
+    assert exact.nodes() == sorted(found.top(9))
+    found.save(tmp_path / "result.safetensors")
+    assert ma.open(tmp_path / "result.safetensors").top(5) == found.top(5)
+    row = found.to_pandas().iloc[0]
+    assert found.value(Node(row.site, int(row.layer), row.pos, int(row["head"]))) == row.score
+    assert found.plot().get_xlabel() == "head (cross_z)"
+    found = ma.attribution_patching(model, task, sites=("encoder_z", "cross_attn_out"), progress=False)
+    assert len(found.plot().get_yticklabels()) == 3  # the longer of two stacks
+    with pytest.raises(SettingError, match=r"node L2H0 encoder_z @4\n  found: positions of this task: 0, 1, 2, 3\n"):
+        ma.activation_patching(model, task, nodes=[Node("encoder_z", 2, 4, 0)])
+    with pytest.raises(SettingError, match=r"node L0H0 cross_z @1\n  found: positions of this task: 0\n"):
+        ma.activation_patching(model, task, nodes=[Node("cross_z", 0, 1, 0)])
+    with pytest.raises(SettingError, match="layer 3: layers run from 0 to 2"):
+        ma.activation_patching(model, task, nodes=[Node("encoder_z", 3, 0, 0)])
+    with pytest.raises(SettingError, match="layer 2: layers run from 0 to 1"):
+        ma.activation_patching(model, task, nodes=[Node("cross_v", 2, 0, 0)])
+
+
+def test_sources_that_do_not_align_leave_merged_positions():
+    model = families.hooked("t5")
+    uneven = ma.tasks.from_pairs(model, UNEVEN)
+    ma.activation_patching(model, uneven, sites="cross_z", progress=False)  # the decoder's rows align
+    for method in (ma.activation_patching, ma.attribution_patching):
+        text = r"a table by source position over the 2 pairs.*\n  found: sources of 4 to 5 tokens"
+        with pytest.raises(AlignmentError, match=text):
+            method(model, uneven, sites="cross_v")
+        with pytest.raises(AlignmentError, match=r"positions='named' in a source\n.*its decoder\n.*positions='all'"):
+            method(model, uneven, sites=("cross_z", "cross_v"), positions="named")
+    # answers of several tokens are read by the decoder: its rows do not align, and sources do
+    answers = [{**pair, "answer": answer} for pair, answer in zip(ANSWERED, ([40, 41], [22]), strict=True)]
+    task = ma.tasks.from_pairs(model, answers, metric="sequence_log_probability")
+    assert task.clean.lengths.tolist() == [2, 1]
+    assert ma.attribution_patching(model, task, sites="cross_v", progress=False).scores["cross_v"].shape == (2, 4, 4)
+
+
+def test_blocks_of_pairs_with_a_source_give_what_one_call_gives():
+    model = families.hooked("t5", torch.float64)
+    task = ma.tasks.from_pairs(model, [*ANSWERED, ANSWERED[0]])
+    for method in (ma.activation_patching, ma.attribution_patching):
+        more = {"sites": ("encoder_z", "cross_z"), "progress": False}
+        whole, cut = method(model, task, **more), method(model, task, **more, executor=InProcess(pairs=2, nodes=9))
+        assert cut.provenance == whole.provenance
+        for name, table in whole.tensors.items():
+            # another shape of batch rounds differently, and RMS norms of transformers work in float32
+            torch.testing.assert_close(cut.tensors[name].values, table.values, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("family", ["t5", "bart"])
 @pytest.mark.parametrize("variant", ["atp", "hedged"])
 def test_attribution_ranks_heads_of_cross_attention(family, variant):
@@ -219,10 +345,6 @@ def test_a_task_is_told_by_its_sources():
 def test_what_does_not_know_cross_attention_is_refused():
     model = families.hooked("t5")
     task = ma.tasks.from_pairs(model, ANSWERED)
-    with pytest.raises(UnsupportedFeatureError, match=r"(?s)nodes at encoder_z.*positions are those of the source"):
-        ma.activation_patching(model, task, sites="encoder_z")
-    with pytest.raises(UnsupportedFeatureError, match=r"(?s)nodes at cross_k.*score cross_q, cross_z"):
-        ma.activation_patching(model, task, nodes=[Node("cross_k", 0, 0, 1)])
     for method in (ma.edge_attribution, ma.ablation, ma.edge_patching):
         with pytest.raises(UnsupportedFeatureError, match="an encoder-decoder model, whose cross-attention reads and"):
             method(model, task)

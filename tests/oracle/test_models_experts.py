@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import families
@@ -14,9 +15,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import mechattr as ma
+from mechattr.artifact import Cache
 from mechattr.errors import SettingError, UnknownSiteError, UnsupportedFeatureError, UnsupportedModelError
 from mechattr.models import Add, Batch, Edit, HookedHF, Rules, Set, Zero
 from mechattr.models.small import small_model
+from mechattr.sites import Node
 
 MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "granitemoe")
 every_mixture = pytest.mark.parametrize("family", MIXTURES)
@@ -181,20 +184,136 @@ def test_rules_inside_experts_are_refused_before_anything_runs() -> None:
         model.run(batch, metric=families.probe, gradients="z", rules=Rules.relp())
 
 
-def test_sites_of_a_dense_mlp_and_nodes_of_experts_are_refused_with_what_there_is() -> None:
+def test_sites_of_a_dense_mlp_are_refused_with_what_there_is() -> None:
     model = families.hooked("mixtral")
     task = pairs_task(model)
     fix = "  fix: its MLPs are mixtures of experts: use mlp_out, expert_out or router_logits"
     with pytest.raises(UnknownSiteError, match=rf"site 'mlp_post'\n  found: .* it has embed.*expert_out.*\n{fix}"):
         ma.attribution_patching(model, task, sites=("z", "mlp_post"))
-    fix = r"  fix: score mlp_out, or edit with Edit\('expert_out', Zero\(\), experts=\[...\]\)"
-    with pytest.raises(UnsupportedFeatureError, match=rf"nodes at expert_out\n  found: a node has no expert\n{fix}"):
-        ma.attribution_patching(model, task, sites=("expert_out",))
     with pytest.raises(UnsupportedFeatureError, match=r"edges of .*\n  found: its MLPs are mixtures of experts"):
         ma.edge_attribution(model, task)
     with pytest.raises(SettingError, match=r"experts=\[5\]\n  found: the axis expert of .*hook_expert_out has 0 to 4"):
         model.run(Batch.of(families.tokens()), edits=[Edit("expert_out", Zero(), experts=[5])])
     assert ma.attribution_patching(model, task, sites=("z", "mlp_out")).top(3)
+
+
+ROUTED = ("expert_out", "router_logits")
+
+
+@every_mixture
+def test_the_effect_of_a_single_expert_is_that_of_an_edit(family: str) -> None:
+    model = families.hooked(family, torch.float64)
+    task = pairs_task(model)
+    found = ma.activation_patching(model, task, sites=ROUTED)
+    other = model.run(task.corrupt, record=ROUTED).activations
+    with families.widened():
+        base = model.run(task.clean, metric=task.metric, record="expert_out").metric
+    assert base is not None
+
+    def edited(node: Node, expert: int) -> float:
+        edit = Edit(node.site, Set(other), layers=[node.layer], experts=[expert], positions=[node.pos])  # type: ignore[list-item]
+        run = model.run(task.clean, metric=task.metric, edits=[edit])
+        assert run.metric is not None
+        return float((run.metric - base).mean())
+
+    close: dict[str, Any] = {"rtol": 0, "atol": 1e-5}  # norms of transformers work in float32
+    for node in found.nodes():
+        torch.testing.assert_close(found.value(node, "signed"), edited(node, int(node.neuron or 0)), **close)
+    node = found.top(1)[0]
+    with pytest.raises(AssertionError):  # control: the expert beside it
+        torch.testing.assert_close(found.value(node, "signed"), edited(node, (int(node.neuron or 0) + 1) % 5), **close)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_estimates_at_single_experts_are_the_effects_of_a_small_step(family: str) -> None:
+    """A step that is small enough leaves the metric linear in every node, and the choice of experts as it is."""
+    model, step = families.hooked(family, torch.float64), 1e-6
+    task = pairs_task(model)
+    with families.widened():
+        here, there = (model.run(side, record=ROUTED).activations for side in (task.clean, task.corrupt))
+        near = Cache(
+            {name: here[name] + step * (there[name] - here[name]) for name in here}, settings={}, provenance={}
+        )
+        atp = ma.attribution_patching(model, task, sites=ROUTED, variant="atp", source=near)
+        exact = ma.activation_patching(model, task, sites=ROUTED, source=near)
+    for site in ROUTED:
+        wanted = exact.signed[site].values / step
+        # second order in the step, and differences of metrics of size 10 over the step
+        torch.testing.assert_close(atp.signed[site].values / step, wanted, rtol=1e-4, atol=1e-6)
+        with pytest.raises(AssertionError):  # control: an estimate of the next expert
+            torch.testing.assert_close(atp.signed[site].values.roll(1, -1) / step, wanted, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("variant", "unit"), [("atp", "block"), ("graddrop", "block"), ("star", "sublayer")])
+def test_with_one_expert_a_token_an_expert_is_the_mlp(variant: str, unit: str) -> None:
+    """Where both prompts route a token to one and the same expert, what it adds is the MLP's output."""
+    config = families.configs()["mixtral"]
+    config.num_experts_per_tok = 1
+    torch.manual_seed(0)
+    built = tf.MixtralForCausalLM(config).eval().double()
+    built.set_experts_implementation("eager")
+    for weight in built.parameters():
+        weight.data *= 10  # as transformers draws them, nothing changes much
+    model = HookedHF(built)
+    task = pairs_task(model, (6,))
+    found = ma.attribution_patching(model, task, sites=("expert_out", "mlp_out"), variant=variant, unit=unit)
+    sides = [
+        model.run(side, record="expert_out").activations["expert_out"].values[:, 0]
+        for side in (task.clean, task.corrupt)
+    ]
+    goes = [(side != 0).any(-1) for side in sides]  # [layer, pos, expert]
+    same_one = (goes[0] & goes[1]).any(-1)
+    experts, mlp = found.scores["expert_out"].values, found.scores["mlp_out"].values
+    torch.testing.assert_close(experts.sum(-1)[same_one], mlp[same_one], **CLOSE)
+    assert bool((mlp[same_one] > 1e-3).any()) and not bool(same_one.all())
+    with pytest.raises(AssertionError):  # control: where the routing changes, two experts change
+        torch.testing.assert_close(experts.sum(-1), mlp, **CLOSE)
+
+
+def test_nodes_of_experts_have_names_tables_and_limits(tmp_path: Path) -> None:
+    model = families.hooked("mixtral")
+    task = pairs_task(model)
+    found = ma.attribution_patching(model, task, sites=("z", *ROUTED))
+    assert found.settings["variant"] == "hedged" and found.scores["expert_out"].axes == ("layer", "pos", "expert")
+    found.save(tmp_path / "result.safetensors")
+    again = ma.open(tmp_path / "result.safetensors")
+    assert again.top(9) == found.top(9)
+    frame = found.to_pandas()
+    row = frame[frame["site"] == "router_logits"].iloc[0]
+    assert found.value(Node("router_logits", int(row.layer), row.pos, neuron=int(row.neuron))) == row.score
+    labels = [Node(site, 1, neuron=3).label for site in ROUTED]
+    assert labels == ["L1E3", "L1E3 router_logits"]
+    exact = ma.activation_patching(model, task, nodes=found.top(5))
+    assert exact.nodes() == sorted(found.top(5))
+    merged = ma.activation_patching(model, task, sites="expert_out", positions="all")
+    assert merged.scores["expert_out"].axes == ("layer", "expert")
+    ax = merged.plot()
+    assert ax.get_xlabel() == "expert (expert_out)"
+    with pytest.raises(SettingError, match=r"neuron 5: expert runs from 0 to 4"):
+        ma.activation_patching(model, task, nodes=[Node("expert_out", 0, 1, neuron=5)])
+    with pytest.raises(SettingError, match=r"neuron None: expert runs from 0 to 4"):
+        ma.activation_patching(model, task, nodes=[Node("expert_out", 0, 1)])
+
+
+@pytest.mark.parametrize("method", ["ablation", "missed_effect_bound", "causal_tracing"])
+def test_other_methods_take_nodes_of_experts(method: str) -> None:
+    model = families.hooked("mixtral")
+    task = pairs_task(model, changed=(0, 1, 2))
+    more: dict[str, dict[str, Any]] = {
+        "ablation": {"kind": "zero"},
+        "missed_effect_bound": {"verified": [], "p": 0.3, "budget": 60},
+        "causal_tracing": {"samples": 2},
+    }
+    given = {**more[method], "positions": "all"}
+    result = getattr(ma, method)(model, task, sites=ROUTED[:1] if method == "ablation" else ROUTED, **given)
+    if method == "ablation":
+        run = model.run(task.clean, edits=[Edit("expert_out", Zero(), layers=[1], experts=[2])], metric=task.metric)
+        base = model.run(task.clean, record="expert_out", metric=task.metric)
+        assert run.metric is not None and base.metric is not None
+        wanted = float((run.metric - base.metric).mean())
+        assert wanted != 0 and result.value(Node("expert_out", 1, neuron=2), "signed") == pytest.approx(
+            wanted, abs=1e-5
+        )
 
 
 def test_models_that_mix_dense_blocks_in_or_run_fused_experts_in_float64_are_refused() -> None:
