@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from mechattr import artifact, draw, errors, evaluation, models, patching, report, sites, tasks
     from mechattr.artifact import Artifact, Attribution, Cache, open
     from mechattr.decomposition.direct import direct_logit_attribution
+    from mechattr.decomposition.flow import information_flow_routes
     from mechattr.decomposition.logit_lens import logit_lens
     from mechattr.decomposition.lrp import lrp
     from mechattr.evaluation.estimate import estimate
@@ -56,6 +57,7 @@ _WHERE = {
     "estimate": "mechattr.evaluation.estimate:estimate",
     "evaluation": "mechattr.evaluation",
     "faithfulness": "mechattr.evaluation.faithfulness:faithfulness",
+    "information_flow_routes": "mechattr.decomposition.flow:information_flow_routes",
     "load": "mechattr.models.load:load",
     "logit_lens": "mechattr.decomposition.logit_lens:logit_lens",
     "lrp": "mechattr.decomposition.lrp:lrp",
@@ -92,6 +94,7 @@ __all__ = [
     "estimate",
     "evaluation",
     "faithfulness",
+    "information_flow_routes",
     "load",
     "logit_lens",
     "lrp",

@@ -20,4 +20,5 @@ KINDS: dict[str, str] = {
     "implicit_vocabulary": "mechattr.erasure.vocabulary:ImplicitVocabulary",
     "minimality": "mechattr.evaluation.minimality:Minimality",
     "segmentation": "mechattr.erasure.segment:Segmentation",
+    "routes": "mechattr.decomposition.routes:Routes",
 }

@@ -165,6 +165,15 @@ METHODS: Mapping[str, MethodRow] = MappingProxyType(
                 page="docs/lrp.md",
                 takes="prompts",
             ),
+            MethodRow(
+                name="information_flow_routes",
+                function="mechattr.decomposition.flow:information_flow_routes",
+                citation="Ferrando and Voita 2024, Information Flow Routes, arXiv:2403.00824",
+                cost="1 forward pass a prompt",
+                promises=frozenset({"batch_independent"}),
+                page="docs/information_flow_routes.md",
+                takes="prompts",
+            ),
         )
     }
 )

@@ -13,6 +13,7 @@ from patching_cases import plain
 from mechattr.base import Artifact
 from mechattr.decomposition.lens_result import Lens
 from mechattr.decomposition.result import Decomposition
+from mechattr.decomposition.routes import Routes
 from mechattr.methods import METHODS
 from mechattr.models import Batch
 
@@ -64,14 +65,26 @@ CASES: dict[str, PromptCase] = {
     "attn_lrp": PromptCase(
         method="lrp", settings={"variant": "attn", "sites": ("rot_k", "mlp_out")}, refuses=_EXPERTS, backends=()
     ),
+    "information_flow_routes": PromptCase(
+        method="information_flow_routes",
+        settings={"threshold": 0.02},
+        targeted=False,
+        result=Routes,
+        backends=("lens-gpt2", "nnsight-gpt2", "nnsight-local-gpt2"),
+    ),
 }
+
+
+def function_of(case: PromptCase) -> Any:
+    """The function of a method."""
+    module, name = METHODS[case.method].function.split(":")
+    return getattr(import_module(module), name)
 
 
 def call(case: PromptCase, model: Any, prompt: Any, **settings: Any) -> Any:
     """A method's result; of targets 5 and foils 7 where it takes them."""
-    module, name = METHODS[case.method].function.split(":")
     targets = {"target": 5, "foil": 7} if case.targeted else {}
-    return getattr(import_module(module), name)(model, prompt, **{**targets, **case.settings, **settings})
+    return function_of(case)(model, prompt, **{**targets, **case.settings, **settings})
 
 
 def rows_of(model: Any, side: str = "right") -> Batch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mechattr.decomposition.direct import direct_logit_attribution
+from mechattr.decomposition.flow import information_flow_routes
 from mechattr.decomposition.lens_result import Lens
 from mechattr.decomposition.logit_lens import logit_lens
 from mechattr.decomposition.lrp import lrp
@@ -10,6 +11,7 @@ from mechattr.decomposition.parts import AttentionParts, MlpParts, attention_par
 from mechattr.decomposition.prompt import Prompt, prompt_of
 from mechattr.decomposition.readout import Readout, readout
 from mechattr.decomposition.result import Decomposition
+from mechattr.decomposition.routes import Routes
 from mechattr.decomposition.target import Target, target_of, token_id
 
 __all__ = [
@@ -19,9 +21,11 @@ __all__ = [
     "MlpParts",
     "Prompt",
     "Readout",
+    "Routes",
     "Target",
     "attention_parts",
     "direct_logit_attribution",
+    "information_flow_routes",
     "logit_lens",
     "lrp",
     "mlp_parts",

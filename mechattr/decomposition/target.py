@@ -91,15 +91,24 @@ def target_of(
         AnswerError: text that is not one token, or an id outside the vocabulary; a target that is its own foil.
         SettingError: another number of targets than rows, or a position outside a row.
     """
-    if isinstance(position, bool) or not isinstance(position, int):
-        raise SettingError(f"position={position!r}", type(position).__name__, "give one whole number")
-    columns = prompt.batch.columns(position)
+    columns = columns_of(prompt, position)
     ids = _ids(model, prompt, target, "target")
     foils = None if foil is None else _ids(model, prompt, foil, "foil")
     if foils is not None and bool((ids == foils).any()):
         row = int((ids == foils).nonzero()[0, 0])
         raise AnswerError(f"target and foil of row {row}", f"both are token {int(ids[row])}", "give two tokens")
     return Target(ids, foils, columns, _names(model, ids), () if foils is None else _names(model, foils))
+
+
+def columns_of(prompt: Prompt, position: int) -> Int[Tensor, " batch"]:
+    """The column of a position in every row.
+
+    Raises:
+        SettingError: a position that is no whole number, or outside a row.
+    """
+    if isinstance(position, bool) or not isinstance(position, int):
+        raise SettingError(f"position={position!r}", type(position).__name__, "give one whole number")
+    return prompt.batch.columns(position)
 
 
 def token_id(model: HookedModel, token: Any, kind: str = "target") -> int:

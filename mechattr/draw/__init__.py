@@ -17,6 +17,7 @@ from mechattr.draw.graph import circuit_graph, graph_size, node_name
 from mechattr.draw.heatmap import head_map, position_map
 from mechattr.draw.lens import lens_table
 from mechattr.draw.results import attribution
+from mechattr.draw.routes import RouteEdge, RouteView, route_map, route_map_size
 from mechattr.draw.scatter import scatter, spearman
 from mechattr.draw.style import DPI, Limits, colours, limits, new_figure, pyplot_axes, save, style
 from mechattr.draw.tokens import spell, tokens_html
@@ -24,6 +25,8 @@ from mechattr.draw.tokens import spell, tokens_html
 __all__ = [
     "DPI",
     "Limits",
+    "RouteEdge",
+    "RouteView",
     "attribution",
     "bound_curve",
     "circuit_graph",
@@ -44,6 +47,8 @@ __all__ = [
     "node_name",
     "position_map",
     "pyplot_axes",
+    "route_map",
+    "route_map_size",
     "save",
     "scatter",
     "segments_html",
