@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 
 from mechattr.draw.style import array, style
+from mechattr.draw.token_map import token_map
 from mechattr.draw.tokens import spell
 from mechattr.errors import SettingError
 
@@ -19,7 +20,7 @@ _OVER_TOKENS = ("pos", "query", "key")
 
 
 def decomposition(result: Attribution, ax: Axes | None = None) -> Axes:
-    """The main table of a result of one prompt: bars over its tokens or components.
+    """The main table of a result of one prompt: bars over its tokens or components, or a map of queries by keys.
 
     Args:
         result: of one prompt.
@@ -35,6 +36,8 @@ def decomposition(result: Attribution, ax: Axes | None = None) -> Axes:
             found = f"{len(strings)} prompts"
             raise SettingError("a plot of a decomposition", found, "decompose one prompt, or plot .sel(batch=0)")
         table = table.sel(batch=0)
+    if table.axes == ("query", "key"):
+        return token_map(table, strings[0], label="share", ax=ax)
     if len(table.axes) != 1:
         raise SettingError("bars", f"a table with axes {', '.join(table.axes)}", "choose one row with .sel(...)")
     values, (axis,) = array(table), table.axes
