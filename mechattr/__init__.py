@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mechattr import artifact, draw, errors, evaluation, models, patching, report, sites, tasks
     from mechattr.artifact import Artifact, Attribution, Cache, open
+    from mechattr.decomposition.alti import alti
+    from mechattr.decomposition.alti_logit import alti_logit
     from mechattr.decomposition.direct import direct_logit_attribution
     from mechattr.decomposition.flow import information_flow_routes
     from mechattr.decomposition.logit_lens import logit_lens
@@ -46,6 +48,8 @@ _WHERE = {
     "ablation": "mechattr.patching.ablation:ablation",
     "accuracy": "mechattr.tasks.task:accuracy",
     "activation_patching": "mechattr.patching.activation:activation_patching",
+    "alti": "mechattr.decomposition.alti:alti",
+    "alti_logit": "mechattr.decomposition.alti_logit:alti_logit",
     "artifact": "mechattr.artifact",
     "attribution_patching": "mechattr.patching.attribution:attribution_patching",
     "causal_tracing": "mechattr.patching.tracing:causal_tracing",
@@ -83,6 +87,8 @@ __all__ = [
     "ablation",
     "accuracy",
     "activation_patching",
+    "alti",
+    "alti_logit",
     "artifact",
     "attribution_patching",
     "causal_tracing",

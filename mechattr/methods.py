@@ -135,6 +135,26 @@ METHODS: Mapping[str, MethodRow] = MappingProxyType(
                 page="docs/faithfulness.md",
             ),
             MethodRow(
+                name="alti",
+                function="mechattr.decomposition.alti:alti",
+                citation="Ferrando et al. 2022, Measuring the Mixing of Contextual Information in the Transformer, "
+                "arXiv:2203.04212",
+                cost="1 forward pass a prompt, and the parts of each pair of positions of each layer",
+                promises=frozenset({"batch_independent"}),
+                page="docs/alti.md",
+                takes="prompts",
+            ),
+            MethodRow(
+                name="alti_logit",
+                function="mechattr.decomposition.alti_logit:alti_logit",
+                citation="Ferrando et al. 2023, Explaining How Transformers Use Context to Build Predictions, "
+                "arXiv:2305.12535",
+                cost="1 forward pass a prompt, and the parts of each pair of positions of each layer but the last",
+                promises=frozenset({"complete", "signed", "batch_independent"}),
+                page="docs/alti.md",
+                takes="prompts",
+            ),
+            MethodRow(
                 name="direct_logit_attribution",
                 function="mechattr.decomposition.direct:direct_logit_attribution",
                 citation="Elhage et al. 2021, A Mathematical Framework for Transformer Circuits; "

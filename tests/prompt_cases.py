@@ -45,21 +45,31 @@ class PromptCase:
     backends: tuple[str, ...] = ("lens-gpt2", "nnsight-gpt2")
 
 
+_EVERY_BACKEND = ("lens-gpt2", "nnsight-gpt2", "nnsight-local-gpt2")
+_ENCODERS = {"bert": "norms act on the residual stream itself", "modernbert": "before the unembedding"}
 # their rules act inside MLPs and attention
 _EXPERTS = {"mixtral": "the MLPs are mixtures of experts"}
 
 CASES: dict[str, PromptCase] = {
+    "alti": PromptCase(method="alti", settings={"rollouts": True}, targeted=False, backends=_EVERY_BACKEND),
+    "alti_logit": PromptCase(method="alti_logit", refuses=_ENCODERS, backends=_EVERY_BACKEND),
+    "alti_logit all": PromptCase(
+        method="alti_logit",
+        settings={"include": "all"},
+        refuses=_ENCODERS,
+        total="ledger",
+        total_without=("logit", "remainder"),
+        backends=_EVERY_BACKEND,
+    ),
     "direct_logit_attribution": PromptCase(
-        method="direct_logit_attribution",
-        backends=("lens-gpt2", "nnsight-gpt2", "nnsight-local-gpt2"),
-        refuses={"bert": "norms act on the residual stream itself", "modernbert": "before the unembedding"},
+        method="direct_logit_attribution", refuses=_ENCODERS, backends=_EVERY_BACKEND
     ),
     "logit_lens": PromptCase(
         method="logit_lens",
         targeted=False,
         result=Lens,
         settings={"target": 5, "foil": 7},
-        backends=("lens-gpt2", "nnsight-gpt2", "nnsight-local-gpt2"),
+        backends=_EVERY_BACKEND,
     ),
     "lrp": PromptCase(method="lrp", settings={"sites": ("z", "resid_pre")}, refuses=_EXPERTS, backends=()),
     "attn_lrp": PromptCase(

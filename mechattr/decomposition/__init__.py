@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from mechattr.decomposition.alti import alti
+from mechattr.decomposition.alti_logit import alti_logit
 from mechattr.decomposition.direct import direct_logit_attribution
 from mechattr.decomposition.flow import information_flow_routes
 from mechattr.decomposition.lens_result import Lens
@@ -23,6 +25,8 @@ __all__ = [
     "Readout",
     "Routes",
     "Target",
+    "alti",
+    "alti_logit",
     "attention_parts",
     "direct_logit_attribution",
     "information_flow_routes",
