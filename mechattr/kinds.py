@@ -21,4 +21,5 @@ KINDS: dict[str, str] = {
     "minimality": "mechattr.evaluation.minimality:Minimality",
     "segmentation": "mechattr.erasure.segment:Segmentation",
     "routes": "mechattr.decomposition.routes:Routes",
+    "undertrained": "mechattr.vocabulary.undertrained:UnderTrained",
 }

@@ -15,6 +15,7 @@ from mechattr.draw.dots import dots, dots_size
 from mechattr.draw.footprints import footprint_curve, segments_html
 from mechattr.draw.graph import circuit_graph, graph_size, node_name
 from mechattr.draw.heatmap import head_map, position_map
+from mechattr.draw.indicators import indicator_scatter
 from mechattr.draw.lens import lens_table
 from mechattr.draw.results import attribution
 from mechattr.draw.routes import RouteEdge, RouteView, route_map, route_map_size
@@ -42,6 +43,7 @@ __all__ = [
     "footprint_curve",
     "graph_size",
     "head_map",
+    "indicator_scatter",
     "lens_table",
     "limits",
     "new_figure",
