@@ -8,9 +8,16 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import families
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
+
+from mechattr.models import Batch, HookedHF
+from mechattr.models.base import Start
+from mechattr.models.edits import Edit
+from mechattr.models.operators import Add, Set, Zero
+from mechattr.models.rules import Rules
 
 HOST, ONE, TWO = (torch.device(name) for name in ("cpu", "cpu:1", "cpu:2"))
 aten = torch.ops.aten
@@ -110,3 +117,28 @@ def moved(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
                 if x is not None:
                     held[name] = seen.setdefault(id(x), wrap(x.detach().to(device), False))
     return model
+
+
+def everything(model: HookedHF, batch: Batch) -> dict[str, torch.Tensor]:
+    """Runs of every kind of a model that may be anywhere, their results on the host."""
+    batch, sites, found = batch.to(model.device), model.sites(), {}
+    run = model.run(batch, record=sites, metric=families.probe, gradients=sites)
+    found |= {f"at {name}": x.values for name, x in run.activations.items()}
+    found |= {f"to {name}": x.values for name, x in run.gradients.items()}
+    found |= {"logits": run.logits, "metric": run.metric}
+    edits = [Edit("z", Zero(), layers=[1], heads=[1], positions=[-1]), Edit("resid_post", Add(torch.ones(1)), rows=[0])]
+    edits += [Edit("pattern", Set(run.activations), layers=[1])] * (not model.info.n_encoder_layers)
+    if not model.info.n_experts:
+        edits.append(Edit("mlp_post", Add(torch.tensor(3.0)), layers=[0], neurons=[model.info.d_mlp - 1]))
+    found["edited"] = model.run(batch, edits=edits).logits
+    rules = Rules.gim() if not model.info.n_experts else Rules(norm="frozen", temperature=2.0)
+    ruled = model.run(batch, metric=families.probe, gradients="resid_pre", rules=rules, checkpoint=True)
+    found |= {f"ruled {name}": x.values for name, x in ruled.gradients.items()}
+    start = Start(1, run.activations["resid_pre", 1].values * 1.1)
+    found["started"] = model.run(batch, start=start).logits
+    for name in ("blocks.1.attn.W_O", "blocks.1.attn.b_O", "embed.W_E", "unembed.W_U"):
+        found[name] = model.weight(name)
+    assert {x.device for x in found.values()} == {model.device}  # everything comes out where the tokens went in
+    if not model.info.encoder:
+        found["generated"] = model.generate(batch, edits=edits[:1], max_new_tokens=4, do_sample=False).tokens
+    return {name: x.cpu() for name, x in found.items()}

@@ -20,6 +20,7 @@ from mechattr.models.architectures import check_known, family_of
 from mechattr.models.attention import ATTRIBUTE, name_of
 from mechattr.models.families import FAMILIES, Family
 from mechattr.models.norms import is_norm
+from mechattr.models.sharding import is_split
 
 TOKENS = 5
 CLOSE = 1e-4  # of the largest entry: sums in another order, in float32; ten times more in bfloat16
@@ -90,6 +91,12 @@ def discover(model: Any) -> Family:
     Cost:
         One forward pass of five tokens.
     """
+    if is_split(model):
+        raise UnsupportedModelError(
+            f"a hooked model of family {model.config.model_type!r}, which has no row in the table",
+            "its weights are split over processes: what they compute cannot be compared here",
+            "say where its modules are: ma.load(..., family=ma.models.Family(layers=..., attn=..., ...))",
+        )
     base, config = model.base_model, model.config
     n_layers = getattr(config, "num_hidden_layers", None)
     lists = [path for path, m in base.named_modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers]

@@ -24,9 +24,10 @@ from mechattr.models.edits import Edit, Frame
 from mechattr.models.families import Family, full_sites, text_config
 from mechattr.models.hf_hooks import tapping
 from mechattr.models.norms import Norm
-from mechattr.models.placement import check_whole, runs_on, stored
+from mechattr.models.placement import check_weights, runs_on, stored
 from mechattr.models.running import Running, Turns
 from mechattr.models.selfcheck import selfcheck
+from mechattr.models.sharding import split_of
 from mechattr.models.taps import Taps, plan_edits, supported
 from mechattr.sites import expand, site_spec
 
@@ -79,7 +80,7 @@ class HookedHF(Running):
         self._weight_hash = weights.Hasher()
         self._turns = Turns()
         self._forms: dict[int, AttentionForm] | None = None
-        check_whole(model)
+        check_weights(model)
         self._check_state()  # dropout would make what discovery and the self-check compare meaningless
         family, mapping = row_of(model, family)
         self.config = c = text_config(model.config, family)
@@ -89,6 +90,7 @@ class HookedHF(Running):
         self.info = describe(model, self._anatomy, backend="hf", name=name, revision=revision, mapping=mapping)
         encoder = self._anatomy.source
         self._sites = full_sites(family, self._anatomy.parts, () if encoder is None else encoder.parts)
+        self._split = split_of(model, self._anatomy, self.info, self._sites)
         if self.info.n_experts and model.dtype == torch.float64 and c._experts_implementation != "eager":
             raise UnsupportedModelError(
                 f"a hooked {type(model).__name__} in float64",
@@ -170,7 +172,7 @@ class HookedHF(Running):
     def fingerprint(self) -> Mapping[str, str]:
         """sha256 of the weights (computed again only when they were written to) and of the tokenizer."""
         return {
-            "weight_hash": self._weight_hash(self.model.state_dict(), self._offloaded),
+            "weight_hash": self._weight_hash(self.model.state_dict(), self._stored),
             "tokenizer_hash": text.tokenizer_hash(self.tokenizer),
             **hash_of(self._dictionaries),
         }
@@ -276,13 +278,14 @@ class HookedHF(Running):
     @contextmanager
     def _tapping(self, batch: Batch, taps: Taps, only: int | None = None) -> Iterator[None]:
         """With `only`, that block is computed again during a backward pass."""
+        taps.split = self._split
         padded = batch.padded and self.model.dtype == torch.float64
         again = partial(self._tapping, batch, taps)
         hooks = tapping(self._anatomy, taps, self.config, again, only=only, padded_float64=padded)
         with self._turns(), vision.unchanged(self.model), hooks:
             yield
 
-    def _offloaded(self, name: str) -> Tensor | None:
+    def _stored(self, name: str) -> Tensor | None:
         path, _, last = name.rpartition(".")
         return stored(self.model.get_submodule(path), last)
 

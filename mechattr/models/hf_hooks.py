@@ -157,6 +157,9 @@ class Installer(Tapping):
         clips its projections in place, which the copies keep away from the taps."""
         parts, family = self.anatomy.parts[layer], self.anatomy.family
         p = f"{self.anatomy.stack}.{layer}.attn.hook_"
+        if self.taps.split is not None:  # autograd refuses to write to what comes out of a divided projection
+            for module in (parts[short] for short in "qkv" if short in parts):
+                self.on_output(module, lambda _m, _a, x: x.clone())
         if family.plain_qk or not self.taps.wants_any([p + "q", p + "k"]):
             return
         if "qkv" in parts:
@@ -168,7 +171,11 @@ class Installer(Tapping):
 
     def fused_qk(self, p: str, x: Tensor) -> Tensor:
         layout = self.anatomy.family.fused or ""
-        q, k, v = fused.split(x, layout, self.anatomy.n_heads, self.anatomy.n_kv_heads)
+        heads, kv_heads = (
+            self.taps.here(p + "q", self.anatomy.n_heads),
+            self.taps.here(p + "k", self.anatomy.n_kv_heads),
+        )
+        q, k, v = fused.split(x, layout, heads, kv_heads)
         return fused.join(self.tap(p + "q", q), self.tap(p + "k", k), v, layout)
 
     def write(self, module: nn.Module, out: str, mid: str, reads: nn.Module) -> None:

@@ -53,11 +53,15 @@ class Tapping(Hooks):
         if not self.taps.wants(name):
             return x
         heads = self.anatomy.n_kv_heads if name.endswith("hook_k") else self.anatomy.n_heads
-        return self.taps(name, x.unflatten(-1, (heads, -1))).flatten(-2)
+        return self.taps(name, x.unflatten(-1, (self.taps.here(name, heads), -1))).flatten(-2)
 
     def result(self, name: str, o: nn.Module, z: Tensor) -> Tensor:
         heads, factor, weight = self.anatomy.n_heads, self.anatomy.factors.write, w_o(o, self.anatomy.n_heads)
-        per_head = torch.einsum("bphd,hdm->bphm", z.to(weight.device).unflatten(-1, (heads, -1)), weight)
+        of_heads = name.replace("hook_result", "hook_z")
+        z = z.unflatten(-1, (self.taps.here(of_heads, heads), -1))
+        split = self.taps.split
+        z = split.whole(of_heads, z) if split is not None and of_heads in split.axes else z
+        per_head = torch.einsum("bphd,hdm->bphm", z.to(weight.device), weight)
         total = self.taps(name, per_head if factor == 1.0 else factor * per_head).sum(2)
         total = total if factor == 1.0 else total / factor
         bias = stored(o, "bias")

@@ -10,6 +10,7 @@ from typing import Any
 
 from mechattr.errors import BackendError, SettingError, UnsupportedModelError
 from mechattr.models.lens import HookedLens
+from mechattr.models.sharding import check_one_process
 
 
 def boot(model: Any, tokenizer: Any, *, consume: bool = False) -> Any:
@@ -66,5 +67,6 @@ def lens_model(hooked: Any, source: Any) -> HookedLens:
     """
     if hooked.info.backend != "hf":
         raise SettingError(f"a bridge of {hooked!r}", "it is no transformers model", "give one")
+    check_one_process(hooked.model, "transformer_lens")
     bridge = boot(hooked.model, hooked.tokenizer, consume=isinstance(source, str | Path))
     return HookedLens(bridge, hooked.tokenizer, name=hooked.info.name, revision=hooked.info.revision)

@@ -21,6 +21,7 @@ from mechattr.models.discovery import row_of
 from mechattr.models.families import Family, full_sites, text_config
 from mechattr.models.norms import Norm
 from mechattr.models.rules import Rules
+from mechattr.models.sharding import check_one_process
 from mechattr.models.taps import supported
 from mechattr.sites import parse, site_spec
 
@@ -45,6 +46,7 @@ class Traced:
         family: Family | None = None,
     ) -> None:
         remotely.check_remote(model, remote)
+        check_one_process(getattr(model, "_module", model), "nnsight")  # wrapping a model changes its modules for good
         self.traced, self.remote = remotely.wrapped(model, remote), remote
         self.model = self.traced._module
         self.tokenizer = tokenizer or getattr(self.traced, "tokenizer", None)

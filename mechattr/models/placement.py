@@ -1,5 +1,5 @@
-"""Models whose weights are not all in one place: spread over devices or offloaded by accelerate, over processes, or
-stored as codes. The first can be hooked; the others are refused."""
+"""Models whose weights are not all in one place: spread over devices or offloaded by accelerate, divided among
+processes, or stored as codes. The last are refused."""
 
 from __future__ import annotations
 
@@ -17,9 +17,13 @@ def stored(module: Any, name: str) -> Tensor | None:
     """A weight of a module, wherever it is; `None` where the module has none of this name.
 
     Outside its own forward pass an offloaded module has its weights on the meta device. They are then read from where
-    they lie (the CPU's memory, or a file) to the device that the module runs on, and kept by nobody but the caller.
+    they lie (the CPU's memory, or a file) to the device that the module runs on, and kept by nobody but the caller. Of
+    a weight that is divided among processes, each gets all parts, for which all of them must ask.
     """
     value: Tensor | None = getattr(module, name, None)
+    if value is not None and hasattr(value, "full_tensor"):
+        whole: Tensor = value.full_tensor()
+        return whole
     if value is None or not value.is_meta:
         return value
     from accelerate.utils import align_module_device
@@ -36,19 +40,13 @@ def runs_on(module: Any) -> torch.device:
     return device
 
 
-def check_whole(model: Any) -> None:
-    """Whether this process can see and read every weight of a model.
+def check_weights(model: Any) -> None:
+    """Whether the values of a model's weights can be read.
 
     Raises:
-        UnsupportedModelError: a tensor-parallel or sharded model, weights stored as codes, or none at all.
+        UnsupportedModelError: weights stored as codes, or none at all.
     """
     asked = f"a hooked {type(model).__name__}"
-    if (getattr(model, "_tp_size", None) or 1) > 1 or any(hasattr(p, "device_mesh") for p in model.parameters()):
-        raise UnsupportedModelError(
-            asked,
-            "its weights are split over processes (tensor or data parallel): each process holds some of its heads",
-            "load it in one process with device_map='auto', which puts whole blocks on each device",
-        )
     codes = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.dtype not in WEIGHTS}
     if codes or getattr(model, "hf_quantizer", None) or getattr(model.config, "quantization_config", None):
         raise UnsupportedModelError(

@@ -19,6 +19,7 @@ from mechattr.models.base import AttentionForm, ModelInfo, Start, Visit
 from mechattr.models.dictionary import Dictionary
 from mechattr.models.edits import Edit, Frame, apply, validate
 from mechattr.models.rules import Rules, out_of_reach
+from mechattr.models.sharding import Split
 from mechattr.sites import expand, reads_source, site_spec
 
 
@@ -84,6 +85,7 @@ class Taps:
         repeats: true while that happens: edits act again, and nothing is recorded a second time.
         dictionaries: by the full name of their host.
         inputs: what dictionaries will read, by host, where that is another site.
+        split: how the model is divided among processes.
     """
 
     frame: Frame
@@ -103,6 +105,7 @@ class Taps:
     fired: set[str] = field(default_factory=set)
     forms: dict[int, AttentionForm] = field(default_factory=dict)
     inputs: dict[str, Tensor] = field(default_factory=dict)
+    split: Split | None = None
 
     def __post_init__(self) -> None:
         writes = ("attn_out", "cross_attn_out", "mlp_out")
@@ -123,10 +126,20 @@ class Taps:
 
     def __call__(self, name: str, x: Tensor) -> Tensor:
         """What goes on from a site: first through its dictionary, then its edits. Where a model is spread over devices,
-        all of that happens beside the tokens, and so are recordings, gradients and the values of edits there."""
+        all of that happens beside the tokens, and so are recordings, gradients and the values of edits there. Where a
+        process has a part of the heads or neurons, it happens to all of them."""
+        if self.split is not None and name in self.split.axes:
+            return self.split.part(name, self._whole(name, self.split.whole(name, x)))
+        return self._whole(name, x)
+
+    def here(self, name: str, n: int) -> int:
+        """How many of the n heads of a site this process has."""
+        return n if self.split is None else self.split.count(name, n)
+
+    def _whole(self, name: str, x: Tensor) -> Tensor:
         home = self.frame.queries.device
         if x.device != home:
-            return self(name, x.to(home)).to(x.device)
+            return self._whole(name, x.to(home)).to(x.device)
         if name in self.active:
             x = self._through(name, x)
         x = self._pass(name, x)

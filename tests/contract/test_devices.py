@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import socket
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,19 +10,14 @@ from typing import Any
 import families
 import pytest
 import torch
-import transformers as tf
 from accelerate import dispatch_model
 from contract_cases import CASES, Case, call
-from devices import ONE, TWO, Pretended, moved
+from devices import ONE, TWO, Pretended, everything, moved
 from patching_cases import pairs_task
 
 import mechattr as ma
 from mechattr.errors import SettingError, UnsupportedModelError
 from mechattr.models import Batch, HookedHF
-from mechattr.models.base import Start
-from mechattr.models.edits import Edit
-from mechattr.models.operators import Add, Set, Zero
-from mechattr.models.rules import Rules
 from mechattr.models.small import small_model
 from mechattr.models.taps import Taps
 
@@ -59,29 +52,6 @@ def model_on(place: str, family: str = "llama") -> HookedHF:
         return HookedHF(spread(family))
     model = copy.deepcopy(small_model(family))
     return HookedHF(moved(model, ONE) if place == "one" else model)
-
-
-def everything(model: HookedHF, batch: Batch) -> dict[str, torch.Tensor]:
-    """Runs of every kind, on the host."""
-    batch, sites, found = batch.to(model.device), model.sites(), {}
-    run = model.run(batch, record=sites, metric=families.probe, gradients=sites)
-    found |= {f"at {name}": x.values for name, x in run.activations.items()}
-    found |= {f"to {name}": x.values for name, x in run.gradients.items()}
-    found |= {"logits": run.logits, "metric": run.metric}
-    edits = [Edit("z", Zero(), layers=[1], heads=[1], positions=[-1]), Edit("resid_post", Add(torch.ones(1)), rows=[0])]
-    edits += [Edit("pattern", Set(run.activations), layers=[1])] * (not model.info.n_encoder_layers)
-    found["edited"] = model.run(batch, edits=edits).logits
-    rules = Rules.gim() if not model.info.n_experts else Rules(norm="frozen", temperature=2.0)
-    ruled = model.run(batch, metric=families.probe, gradients="resid_pre", rules=rules, checkpoint=True)
-    found |= {f"ruled {name}": x.values for name, x in ruled.gradients.items()}
-    start = Start(1, run.activations["resid_pre", 1].values * 1.1)
-    found["started"] = model.run(batch, start=start).logits
-    for name in ("blocks.1.attn.W_O", "blocks.1.attn.b_O", "embed.W_E", "unembed.W_U"):
-        found[name] = model.weight(name)
-    assert {x.device for x in found.values()} == {model.device}  # everything comes out where the tokens went in
-    if not model.info.encoder:
-        found["generated"] = model.generate(batch, edits=edits[:1], max_new_tokens=4, do_sample=False).tokens
-    return {name: x.cpu() for name, x in found.items()}
 
 
 @pytest.mark.filterwarnings("ignore:The following device_map keys")  # names of weights, which are no modules
@@ -202,16 +172,12 @@ def test_models_that_this_process_cannot_read_are_refused() -> None:
     def configured(model: Any) -> None:
         model.config.quantization_config = {"quant_method": "awq"}
 
-    def parallel(model: Any) -> None:
-        model._tp_size = 2
-
     def empty(model: Any) -> None:
         model.lm_head.to("meta")
 
     reasons = {
         coded: r"quantised \(float8_e4m3fn\): .* would be codes\n  fix: load the unquantised model with dtype=",
         configured: r"quantised \(by its config\)",
-        parallel: "each process holds some of its heads\n  fix: load it in one process with device_map='auto'",
         empty: "lm_head.weight is on the meta device, without a value anywhere",
     }
     for change, text in reasons.items():
@@ -219,34 +185,3 @@ def test_models_that_this_process_cannot_read_are_refused() -> None:
         change(model)
         with pytest.raises(UnsupportedModelError, match=f"(?s)a hooked LlamaForCausalLM.*{text}"):
             ma.load(model)
-
-
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
-def _one_of_two(rank: int, port: int, folder: str) -> None:
-    """A process that holds half of a tensor-parallel model."""
-    from transformers.distributed import DistributedConfig
-
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)}
-    os.environ |= {"WORLD_SIZE": "2"}
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
-    try:
-        split = DistributedConfig(tp_size=2)
-        model = tf.AutoModelForCausalLM.from_pretrained(folder, distributed_config=split, attn_implementation="eager")
-        ids = families.tokens()
-        with torch.no_grad():  # it is the model, in parallel
-            torch.testing.assert_close(model.eval()(ids).logits, small_model("llama")(ids).logits)
-        with pytest.raises(UnsupportedModelError, match="each process holds some of its heads"):
-            ma.load(model)
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-@pytest.mark.slow  # two processes that each import everything
-def test_a_tensor_parallel_model_is_refused_in_each_process(folder: Path) -> None:
-    torch.multiprocessing.spawn(_one_of_two, (_free_port(), str(folder)), 2)
