@@ -90,6 +90,10 @@ class AttentionTap:
         wanted = self.taps.wants_any([self.prefix + "attn_scores", self.prefix + "pattern"])
         return wanted or self.taps.rules.in_softmax
 
+    def explicit(self, softcap: float | None) -> bool:
+        """Whether attention is worked out step by step: for what is inside, or for a rule of its softcap."""
+        return self.inside or (softcap is not None and self.taps.rules.softcap != "full")
+
 
 def _native(module: nn.Module, implementation: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """The function that the model would have called: each family has an eager attention of its own beside its class."""
@@ -107,7 +111,7 @@ def _tapped(implementation: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         tap: AttentionTap | None = module.__dict__.get(ATTRIBUTE)
         if tap is not None:
             query, key, value = tap.enter(query, key, value, **kwargs)
-            if tap.inside or (tap.taps.rules.softcap != "full" and kwargs.get("softcap") is not None):
+            if tap.explicit(kwargs.get("softcap")):
                 return _explicit(tap, query, key, value, attention_mask, **kwargs)
         return _native(module, implementation)(module, query, key, value, attention_mask, **kwargs)
 

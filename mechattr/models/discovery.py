@@ -49,7 +49,6 @@ class _Attention:
     values: dict[str, Tensor] = field(default_factory=dict)
     at: int = 0
     heads_of_q: int = 0
-    inside: bool = False
 
     def enter(self, query: Tensor, key: Tensor, value: Tensor, **_: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Keeps them."""
@@ -57,6 +56,10 @@ class _Attention:
         self.values = {short: x.transpose(1, 2).flatten(2).detach() for short, x in handed.items()}
         self.at, self.heads_of_q = len(self.calls), query.shape[1]
         return query, key, value
+
+    def explicit(self, _softcap: float | None) -> bool:
+        """Nothing inside is looked at."""
+        return False
 
 
 def row_of(model: Any, family: Family | None = None) -> tuple[Family, str]:
