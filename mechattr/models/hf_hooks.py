@@ -171,11 +171,8 @@ class Installer(Tapping):
 
     def fused_qk(self, p: str, x: Tensor) -> Tensor:
         layout = self.anatomy.family.fused or ""
-        heads, kv_heads = (
-            self.taps.here(p + "q", self.anatomy.n_heads),
-            self.taps.here(p + "k", self.anatomy.n_kv_heads),
-        )
-        q, k, v = fused.split(x, layout, heads, kv_heads)
+        heads = self.taps.here(p + "q", self.anatomy.n_heads)
+        q, k, v = fused.split(x, layout, heads, self.taps.here(p + "k", self.anatomy.n_kv_heads))
         return fused.join(self.tap(p + "q", q), self.tap(p + "k", k), v, layout)
 
     def write(self, module: nn.Module, out: str, mid: str, reads: nn.Module) -> None:

@@ -48,6 +48,7 @@ class Tape:
     _anchor: Tensor = field(repr=False)
     _watch: Watch = field(repr=False)
     _checkpointed: bool = field(default=False, repr=False)
+    _divided: bool = field(default=False, repr=False)
     _open: bool = field(default=True, repr=False)
 
     @property
@@ -110,7 +111,8 @@ class Tape:
             UnsupportedFeatureError: a checkpointed run, whose blocks are computed again for one pass at a time.
 
         Cost:
-            n backward passes, in less time than one after the other.
+            n backward passes, in less time than one after the other. Where a model is divided among processes they do
+            come one after the other: what processes exchange has no batched form.
         """
         wanted = list(self._nodes if sites is None else sites)
         check_pass(self._open, (*at, *wanted), self._nodes)
@@ -123,10 +125,18 @@ class Tape:
             )
         self._open = not last
         roots, edges = [self._nodes[name].edge for name in at], [self._nodes[name].edge for name in wanted]
-        found = torch.autograd.grad(
-            roots, edges, list(at.values()), retain_graph=not last, allow_unused=True, is_grads_batched=True
-        )
         blanks = {name: self._nodes[name].blank for name in wanted}
+        found: tuple[Tensor | None, ...]
+        if self._divided:
+            passes = [
+                torch.autograd.grad(roots, edges, one, retain_graph=True, allow_unused=True)
+                for one in zip(*at.values(), strict=True)
+            ]
+            found = tuple(None if parts[0] is None else torch.stack(parts) for parts in zip(*passes, strict=True))
+        else:
+            found = torch.autograd.grad(
+                roots, edges, list(at.values()), retain_graph=not last, allow_unused=True, is_grads_batched=True
+            )
         return {
             name: blank.new_zeros(n, *blank.shape) if g is None else g
             for (name, blank), g in zip(blanks.items(), found, strict=True)
@@ -217,7 +227,17 @@ def make_tape(
     taps.nodes = {}  # a checkpointed graph holds the taps, which must not hold the graph
     detached = None if value is None else value.detach()
     root = value if taps.gradients else None
-    return Tape(logits.detach(), detached, taps.activations, root, nodes, taps.anchor, taps.watch, taps.checkpoint)
+    return Tape(
+        logits.detach(),
+        detached,
+        taps.activations,
+        root,
+        nodes,
+        taps.anchor,
+        taps.watch,
+        taps.checkpoint,
+        taps.split is not None,
+    )
 
 
 def execute(

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import families
+import prompt_cases
 import pytest
 import torch
 from contract_cases import CASES, call
@@ -58,7 +59,20 @@ def far(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], rounding: f
 
 def scores(model: HookedHF, method: str) -> dict[str, Tensor]:
     """A method's tables; what was not measured, and so is NaN, as zeros."""
-    return {name: x.values.nan_to_num() for name, x in call(CASES[method], model, pairs_task(model)).tensors.items()}
+    if method in CASES:
+        found = call(CASES[method], model, pairs_task(model))
+    else:
+        found = prompt_cases.call(prompt_cases.CASES[method], model, prompt_cases.rows_of(model))
+    return {name: x.values.nan_to_num() for name, x in found.tensors.items()}
+
+
+def pulled_back(model: HookedHF) -> dict[str, Tensor]:
+    """Four backward passes from the end of the last block."""
+    top = f"blocks.{model.info.n_layers - 1}.hook_resid_post"
+    tape = model.tape(families.ragged("left"), gradients=("resid_post", "z", "q"))
+    shape = (4, *tape._nodes[top].blank.shape)
+    gradients = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return tape.pull_backs({top: gradients}, last=True)
 
 
 def over_summed(backward: Callable[..., Any], ctx: Any, gradient: Tensor) -> Any:
@@ -94,8 +108,9 @@ def _check_family(family: str, folder: Path) -> tuple[HookedHF, HookedHF]:
 
 
 def _check_llama(here: HookedHF, there: HookedHF) -> None:
-    for method in ("attribution_patching", "activation_patching", "edge_attribution"):
+    for method in ("attribution_patching", "activation_patching", "edge_attribution", *prompt_cases.CASES):
         assert far(scores(there, method), scores(here, method)) == []
+    assert far(pulled_back(there), pulled_back(here)) == []
     assert far({"plain": ma.load(there, backend="plain").weight("blocks.1.mlp.W_out")},
                {"plain": ma.load(here, backend="plain").weight("blocks.1.mlp.W_out")}) == []  # fmt: skip
     batch = Batch.of(families.tokens())
@@ -153,7 +168,7 @@ def test_a_model_in_two_processes_is_the_model_in_one(tmp_path: Path, names: tup
 
 
 def test_putting_together_what_one_process_has_changes_no_bit() -> None:
-    here, there = (HookedHF(copy.deepcopy(small_model("gpt_neox"))) for _ in range(2))
+    here, there = (HookedHF(copy.deepcopy(small_model("gpt_neox", torch.float64))) for _ in range(2))
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     try:
         kinds = {"attn_scores": 1, "pattern": 1} | dict.fromkeys(set(DIVIDED) - {"attn_scores", "pattern"}, 2)
@@ -161,6 +176,7 @@ def test_putting_together_what_one_process_has_changes_no_bit() -> None:
         there._split = Split(distributed.group.WORLD, 1, 0, axes)
         batch = families.ragged("left")
         expected, found = everything(here, batch), everything(there, batch)
+        assert far(pulled_back(there), pulled_back(here)) == []  # one pass after the other, or all in one
     finally:
         distributed.destroy_process_group()
     for name, x in expected.items():
