@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from mechattr.erasure.accuracy import Footprint, footprint
+from mechattr.erasure.checkpoints import import_probes
 from mechattr.erasure.documents import read_texts
 from mechattr.erasure.fit import fit_probes
+from mechattr.erasure.gold import Agreement, agreement, agreement_table
 from mechattr.erasure.probes import ErasureProbes
 from mechattr.erasure.psi import psi, segment_spans
 from mechattr.erasure.recipes import Closed, Descent
@@ -13,6 +15,7 @@ from mechattr.erasure.vocabulary import ImplicitVocabulary, read_out
 from mechattr.erasure.words import Words, entities_of, words_of
 
 __all__ = [
+    "Agreement",
     "Closed",
     "Descent",
     "ErasureProbes",
@@ -20,9 +23,12 @@ __all__ = [
     "ImplicitVocabulary",
     "Segmentation",
     "Words",
+    "agreement",
+    "agreement_table",
     "entities_of",
     "fit_probes",
     "footprint",
+    "import_probes",
     "psi",
     "read_out",
     "read_texts",
