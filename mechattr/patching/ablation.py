@@ -7,6 +7,7 @@ one of exact patching: only the values that are put in differ.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ from mechattr.patching.nodes import NodeTable, asked
 from mechattr.patching.places import Places, Positions, check_call, places_of
 from mechattr.patching.replacements import ByPlace, Means, Others, Zeros
 from mechattr.patching.settings import provenance_of, settings_of
-from mechattr.sites import SITES, Node
+from mechattr.sites import SITES, Node, of_rows
 from mechattr.tasks.block import Block, whole_of
 from mechattr.tasks.task import Task
 
@@ -109,7 +110,7 @@ def ablation(
         Zero and mean ablation: Wang et al. 2022, Interpretability in the Wild, arXiv:2211.00593; resampling: Chan et
         al. 2022, Causal Scrubbing.
     """
-    check_call("ablation", model, task)
+    check_call("ablation", model, task, sources=True)
     if executor is not None:
         cut = ("nodes", lambda: asked(model, task, sites, nodes, positions)[0].nodes())
         return spread(ablation, **locals())
@@ -119,8 +120,8 @@ def ablation(
     table, mode = asked(model, task, sites, nodes, positions)
     _check_sites(table, kind)
     rows = rows_of(task.clean, batch_size)
-    places = places_of(task, mode)
-    other, other_places = _reference(task, reference, kind, mode, places)
+    places = places_of(task, mode, table.sites)
+    other, other_places = _reference(task, reference, kind, mode, table.sites, places)
     chosen = _others(task, reference, seed) if kind == "resample" else None
     there: Values
     if chosen is not None:
@@ -171,10 +172,10 @@ def ablation(
 def _check_sites(table: NodeTable, kind: str) -> None:
     for short in table.sites:
         why = ""
-        if kind == "mean" and "query" in SITES[short].axes:
+        if kind == "mean" and of_rows(SITES[short].axes):
             why = "keys of different prompts are different tokens"
-        elif kind == "zero" and short == "attn_scores":
-            why = "queries would attend to the future"
+        elif kind == "zero" and short.endswith("attn_scores"):
+            why = "queries would attend to the future" if short == "attn_scores" else "padding would be attended to"
         elif kind == "zero" and short.endswith("_scale"):
             why = "the norm would divide by zero"
         if why:
@@ -183,18 +184,32 @@ def _check_sites(table: NodeTable, kind: str) -> None:
             )
 
 
-def _reference(task: Task, reference: Task | None, kind: str, mode: Positions, places: Places) -> tuple[Task, Places]:
+def _reference(
+    task: Task, reference: Task | None, kind: str, mode: Positions, sites: Sequence[str], places: Places
+) -> tuple[Task, Places]:
     """The reference and its places, in the order of the task's."""
     if reference is None:
         whole = whole_of(task)
-        return whole, places if whole is task else places_of(whole, mode)
+        return whole, places if whole is task else places_of(whole, mode, sites)
     if not isinstance(reference, Task):
         raise SettingError("reference", f"a {type(reference).__name__}", "give a task, whose clean prompts are used")
     if kind == "zero":
         raise SettingError("reference of kind='zero'", "zeros are taken from no prompt", "leave reference out")
     if not len(reference):
         raise EmptyTaskError("the reference of an ablation", "a task without pairs", "give at least one pair")
-    found = places_of(reference, mode)
+    found = places_of(reference, mode, sites)
+    own = _in_order(task, places, found, mode)
+    if places.source is None or found.source is None:
+        return reference, own
+    return reference, replace(own, source=_in_order(task, places.source, found.source, mode))
+
+
+def _in_order(task: Task, places: Places, found: Places, mode: Positions) -> Places:
+    """The places of a reference, in the order of the task's.
+
+    Raises:
+        AlignmentError: it lacks one.
+    """
     missing = [label for label in places.labels if label not in found.labels]
     if missing or (mode == "aligned" and found.labels != places.labels):
         lengths = f"prompts of {len(found.labels)} tokens, not {len(places.labels)}"
@@ -204,7 +219,7 @@ def _reference(task: Task, reference: Task | None, kind: str, mode: Positions, p
             "give a reference of the same layout, or use positions='all'",
         )
     order = [found.labels.index(label) for label in places.labels] or [0]
-    return reference, Places(places.labels, found.where[:, order])
+    return Places(places.labels, found.where[:, order])
 
 
 def _others(task: Task, reference: Task | None, seed: int) -> list[int]:

@@ -104,7 +104,7 @@ def check_call(what: str, model: HookedModel, task: Task, *, sources: bool = Fal
         raise EmptyTaskError(what, "a task without pairs", "give at least one pair")
     if model.info.n_encoder_layers and not sources:
         found = "an encoder-decoder model, whose cross-attention reads and writes as well"
-        raise UnsupportedFeatureError(what, found, "use activation_patching or attribution_patching")
+        raise UnsupportedFeatureError(what, found, "use activation_patching, attribution_patching or ablation")
 
 
 def mode_of(task: Task, positions: Positions | None, sites: Sequence[str] = ()) -> Positions:

@@ -15,7 +15,7 @@ from mechattr.patching.interventions import PAIRS_AT_ONCE, Index, Interventions
 from mechattr.patching.places import Places, by_place, chunks, feature_of
 from mechattr.patching.recording import recorded
 from mechattr.patching.source import shape_of
-from mechattr.sites import SITES, parse
+from mechattr.sites import SITES, of_rows, parse, reads_source
 from mechattr.tasks.task import Task
 
 
@@ -28,9 +28,10 @@ class Zeros:
     names: tuple[str, ...]
 
     def rows(self, pairs: Sequence[int]) -> tuple[dict[str, Tensor], Tensor | None]:
-        columns, device = self.task.clean.tokens.shape[1], self.task.clean.device
-        shapes = {name: shape_of(name, self.model.info, len(pairs), columns) for name in self.names}
-        return {name: torch.zeros((), device=device).expand(shape) for name, shape in shapes.items()}, None
+        clean = self.task.clean
+        columns = clean.tokens.shape[1], clean.prompt.tokens.shape[1]
+        shapes = {name: shape_of(name, self.model.info, len(pairs), *columns) for name in self.names}
+        return {name: torch.zeros((), device=clean.device).expand(shape) for name, shape in shapes.items()}, None
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -50,9 +51,9 @@ class Means:
         dtypes = {}
         for part in chunks(len(task), min(rows, PAIRS_AT_ONCE)):
             found, _ = recorded(model, task.clean.rows(part), tuple(dict.fromkeys(names)))
-            where = places.where[list(part)]
-            pair, place, column = where.nonzero(as_tuple=True)
             for name in dict.fromkeys(names):
+                where = places.at(name).where[list(part)]
+                pair, place, column = where.nonzero(as_tuple=True)
                 x = found[name]
                 dtypes[name] = x.dtype
                 wide = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -60,9 +61,9 @@ class Means:
                     first[name] = wide[0, where[0].int().argmax(1)]
                     total[name] = torch.zeros_like(first[name])
                 total[name] += by_place(wide[pair, column] - first[name][place], place, where.shape[1])
-        tokens = places.where.sum((0, 2))
         values = {}
         for name, start in first.items():
+            tokens = places.at(name).where.sum((0, 2))
             count = tokens.to(start.dtype).reshape(-1, *[1] * (start.ndim - 1))
             values[name] = (start + total[name] / count).to(dtypes[name])
         return cls(values)
@@ -72,7 +73,7 @@ class ByPlace(Interventions):
     """Interventions with one value a place, for all its tokens."""
 
     def changed(self, name: str, here: Float[Tensor, "pair ..."]) -> Bool[Tensor, "pair place ..."]:
-        where = self.now.places.where
+        where = self.now.places.at(name).where
         pair, place, column = where.nonzero(as_tuple=True)
         differs = here[pair, column] != self.now.source[name][place]
         feature = feature_of(parse(name)[0])
@@ -90,13 +91,14 @@ class Others:
 
     Attributes:
         batch: the other prompt of each pair.
-        columns: for each pair and column of the task, the column of the other prompt.
+        columns: for each pair and column of the task, the column of the other prompt; of the decoder's columns and of
+            the source's, as far as nodes are there.
         names: the full names that are needed.
     """
 
     model: HookedModel
     batch: Batch
-    columns: Int[Tensor, "pair column"]
+    columns: dict[bool, Int[Tensor, "pair column"]]
     names: tuple[str, ...]
 
     @classmethod
@@ -116,38 +118,57 @@ class Others:
             AlignmentError: a place has more tokens in one of them, tokens of several places would have several
                 partners, or attention rows have other keys.
         """
-        there = other_places.where[list(chosen)]
-        sizes, others = places.where.sum(2), there.sum(2)
         batch = other.clean.rows(chosen)
-        if not torch.equal(sizes, others):
-            pair, place = (sizes != others).nonzero()[0].tolist()
-            label = f"span {places.labels[place]!r}" if places.labels else "the prompt"
-            here, away = int(sizes[pair, place]), int(others[pair, place])
-            raise _misfit(f"{label} has {here} tokens in pair {pair} and {away} in the one it takes values from")
-        columns = torch.full_like(task.clean.tokens, -1)
-        for place in range(places.where.shape[1]):
-            pair, column = places.where[:, place].nonzero(as_tuple=True)
-            partner = there[:, place].nonzero(as_tuple=True)[1]
-            before = columns[pair, column]
-            if bool(((before != -1) & (before != partner)).any()):
-                raise _misfit(f"span {places.labels[place]!r} overlaps with others differently")
-            columns[pair, column] = partner
-        own = torch.arange(columns.shape[1], device=columns.device)
-        rows = [name for name in names if "query" in SITES[parse(name)[0]].axes]
-        same = batch.mask.shape == task.clean.mask.shape and torch.equal(batch.mask, task.clean.mask)
-        if rows and not (same and bool(((columns == own) | (columns == -1)).all())):
+        sides = {_side(name): name for name in names}
+        found = {side: _partners(places.at(x), other_places.at(x), chosen) for side, x in sides.items()}
+        rows = [name for name in names if of_rows(SITES[parse(name)[0]].axes)]
+        masks = ((batch.mask, task.clean.mask), (batch.prompt.mask, task.clean.prompt.mask))
+        if rows and not (all(torch.equal(*pair) for pair in masks) and all(map(_in_place, found.values()))):
             raise _misfit(f"{rows[0]} has rows over other keys")
-        return cls(model, batch, columns.clamp(min=0), tuple(names))
+        return cls(model, batch, {side: columns.clamp(min=0) for side, columns in found.items()}, tuple(names))
 
     def rows(self, pairs: Sequence[int]) -> tuple[dict[str, Tensor], Tensor | None]:
         found, _ = recorded(self.model, self.batch.rows(pairs), self.names)
-        columns = self.columns[list(pairs)]
-        pair = torch.arange(len(columns), device=columns.device)[:, None]
-        return {
-            name: x if "query" in SITES[parse(name)[0]].axes else x[pair, columns]
-            for name in self.names
-            for x in (found[name],)
-        }, None
+        values = {}
+        for name in self.names:
+            columns = self.columns[_side(name)][list(pairs)]
+            pair = torch.arange(len(columns), device=columns.device)[:, None]
+            values[name] = found[name] if of_rows(SITES[parse(name)[0]].axes) else found[name][pair, columns]
+        return values, None
+
+
+def _side(name: str) -> bool:
+    """Whether positions of a site are those of the source."""
+    return reads_source(SITES[parse(name)[0]].axes)
+
+
+def _in_place(columns: Int[Tensor, "pair column"]) -> bool:
+    own = torch.arange(columns.shape[1], device=columns.device)
+    return bool(((columns == own) | (columns == -1)).all())
+
+
+def _partners(places: Places, others: Places, chosen: Sequence[int]) -> Int[Tensor, "pair column"]:
+    """For each column that belongs to a place, the column of the other prompt; -1 elsewhere.
+
+    Raises:
+        AlignmentError: as `Others.of`.
+    """
+    there = others.where[list(chosen)]
+    sizes, away = places.where.sum(2), there.sum(2)
+    if not torch.equal(sizes, away):
+        pair, place = (sizes != away).nonzero()[0].tolist()
+        label = f"span {places.labels[place]!r}" if places.labels else "the prompt"
+        here, more = int(sizes[pair, place]), int(away[pair, place])
+        raise _misfit(f"{label} has {here} tokens in pair {pair} and {more} in the one it takes values from")
+    columns = torch.full_like(places.where[:, 0], -1, dtype=torch.long)
+    for place in range(places.where.shape[1]):
+        pairs, column = places.where[:, place].nonzero(as_tuple=True)
+        partner = there[:, place].nonzero(as_tuple=True)[1]
+        before = columns[pairs, column]
+        if bool(((before != -1) & (before != partner)).any()):
+            raise _misfit(f"span {places.labels[place]!r} overlaps with others differently")
+        columns[pairs, column] = partner
+    return columns
 
 
 def _misfit(found: str) -> AlignmentError:
