@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mechattr.erasure.accuracy import Footprint, footprint
 from mechattr.erasure.checkpoints import import_probes
-from mechattr.erasure.documents import read_texts
+from mechattr.erasure.documents import pieces, read_texts
 from mechattr.erasure.fit import fit_probes
 from mechattr.erasure.gold import Agreement, agreement, agreement_table
 from mechattr.erasure.probes import ErasureProbes
@@ -29,6 +29,7 @@ __all__ = [
     "fit_probes",
     "footprint",
     "import_probes",
+    "pieces",
     "psi",
     "read_out",
     "read_texts",

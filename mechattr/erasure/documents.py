@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import lzma
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ class Document:
 
 
 def read_texts(path: str | os.PathLike[str]) -> list[str]:
-    """The documents of a file: parts between lines of `<|endoftext|>` where there are any, else its lines.
+    """The documents of a file, which may be packed (.xz): parts between `<|endoftext|>` where it has any, else lines.
 
     Raises:
         SettingError: no such file, no text in it, or a line that is not UTF-8.
@@ -42,8 +43,9 @@ def read_texts(path: str | os.PathLike[str]) -> list[str]:
     file = Path(path)
     if not file.is_file():
         raise SettingError(f"texts from {str(path)!r}", "no such file", "give a text file")
+    content = lzma.decompress(file.read_bytes()) if file.suffix == ".xz" else file.read_bytes()
     lines = []
-    for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
+    for number, line in enumerate(content.split(b"\n"), start=1):
         try:
             lines.append(line.decode("utf-8").rstrip("\r"))
         except UnicodeDecodeError as error:
@@ -55,6 +57,27 @@ def read_texts(path: str | os.PathLike[str]) -> list[str]:
     if not texts:
         raise SettingError(f"texts from {file.name}", "an empty file", "give at least one line of text")
     return texts
+
+
+def pieces(texts: Sequence[str], *, characters: int = 1500) -> list[str]:
+    """Long texts, such as books, as documents: whole paragraphs, until a document has so many characters.
+
+    Raises:
+        SettingError: no number of characters.
+    """
+    if isinstance(characters, bool) or not isinstance(characters, int) or characters < 1:
+        raise SettingError(f"characters={characters!r}", "no length", "give a whole number from 1")
+    found: list[str] = []
+    for text in texts:
+        waiting: list[str] = []
+        for paragraph in text.split("\n\n"):
+            waiting.append(paragraph.strip())
+            if sum(map(len, waiting)) >= characters:
+                found.append("\n\n".join(waiting))
+                waiting = []
+        if any(waiting):
+            found.append("\n\n".join(waiting))
+    return found
 
 
 def check_layers(model: HookedModel, layers: Sequence[int] | None) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import lzma
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from patching_cases import plain
 
 import mechattr as ma
 from mechattr.engines.linear_probes import ranks
-from mechattr.erasure import Closed, Descent, ErasureProbes, fit_probes, read_texts
+from mechattr.erasure import Closed, Descent, ErasureProbes, fit_probes, pieces, read_texts
 from mechattr.erasure.documents import aligned, check_layers, documents, encoded, site_of
 from mechattr.erasure.work import Work
 from mechattr.errors import MismatchError, SettingError
@@ -168,3 +169,9 @@ def test_wrong_input_is_refused(tmp_path: Path) -> None:
     assert read_texts(file) == ["a b", "c"]
     file.write_text("a\nb\n<|endoftext|>\nc\n")
     assert read_texts(file) == ["a\nb", "c"]
+    packed = tmp_path / "packed.txt.xz"
+    packed.write_bytes(lzma.compress(file.read_bytes()))
+    assert read_texts(packed) == ["a\nb", "c"]
+    assert pieces(["aa\n\nbb\n\ncc", "d"], characters=4) == ["aa\n\nbb", "cc", "d"]
+    with pytest.raises(SettingError, match="characters=0"):
+        pieces(["a"], characters=0)
