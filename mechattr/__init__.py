@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mechattr import artifact, draw, errors, evaluation, models, patching, report, sites, tasks
+    from mechattr import artifact, decomposition, draw, errors, evaluation, models, patching, report, sites, tasks
     from mechattr.artifact import Artifact, Attribution, Cache, open
     from mechattr.decomposition.alti import alti
     from mechattr.decomposition.alti_logit import alti_logit
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mechattr.decomposition.flow import information_flow_routes
     from mechattr.decomposition.logit_lens import logit_lens
     from mechattr.decomposition.lrp import lrp
+    from mechattr.decomposition.salience import token_salience
     from mechattr.evaluation.estimate import estimate
     from mechattr.evaluation.faithfulness import faithfulness
     from mechattr.evaluation.minimality import minimality
@@ -54,6 +55,7 @@ _WHERE = {
     "attribution_patching": "mechattr.patching.attribution:attribution_patching",
     "causal_tracing": "mechattr.patching.tracing:causal_tracing",
     "direct_logit_attribution": "mechattr.decomposition.direct:direct_logit_attribution",
+    "decomposition": "mechattr.decomposition",
     "draw": "mechattr.draw",
     "edge_attribution": "mechattr.patching.edges:edge_attribution",
     "edge_patching": "mechattr.patching.edge_patching:edge_patching",
@@ -74,6 +76,7 @@ _WHERE = {
     "report": "mechattr.report",
     "sites": "mechattr.sites",
     "tasks": "mechattr.tasks",
+    "token_salience": "mechattr.decomposition.salience:token_salience",
 }
 
 __all__ = [
@@ -92,6 +95,7 @@ __all__ = [
     "artifact",
     "attribution_patching",
     "causal_tracing",
+    "decomposition",
     "direct_logit_attribution",
     "draw",
     "edge_attribution",
@@ -113,6 +117,7 @@ __all__ = [
     "report",
     "sites",
     "tasks",
+    "token_salience",
 ]
 
 

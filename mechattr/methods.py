@@ -194,6 +194,16 @@ METHODS: Mapping[str, MethodRow] = MappingProxyType(
                 page="docs/information_flow_routes.md",
                 takes="prompts",
             ),
+            MethodRow(
+                name="token_salience",
+                function="mechattr.decomposition.salience:token_salience",
+                citation="Abnar and Zuidema 2020, Quantifying Attention Flow in Transformers, arXiv:2005.00928; "
+                "Kobayashi et al. 2020, Attention is Not Only a Weight; Modarressi et al. 2022, GlobEnc; 2023, DecompX",
+                cost="1 forward pass a prompt; DecompX with a target 1 forward and 1 backward pass",
+                promises=frozenset({"batch_independent"}),
+                page="docs/token_salience.md",
+                takes="prompts",
+            ),
         )
     }
 )

@@ -82,6 +82,25 @@ CASES: dict[str, PromptCase] = {
         result=Routes,
         backends=("lens-gpt2", "nnsight-gpt2", "nnsight-local-gpt2"),
     ),
+    "decompx": PromptCase(method="token_salience", settings={"method": "decompx"}, refuses=_EXPERTS, backends=()),
+    "globenc": PromptCase(
+        method="token_salience",
+        targeted=False,
+        settings={"method": "globenc", "normalise": True, "layers": True},
+        backends=("lens-gpt2", "nnsight-gpt2", "nnsight-local-gpt2"),
+    ),
+    "norms": PromptCase(
+        method="token_salience",
+        targeted=False,
+        settings={"method": "norms", "parts": "heads"},
+        backends=("lens-gpt2", "nnsight-gpt2", "nnsight-local-gpt2"),
+    ),
+    "rollout": PromptCase(
+        method="token_salience",
+        targeted=False,
+        settings={"method": "rollout"},
+        backends=("lens-gpt2", "nnsight-gpt2", "nnsight-local-gpt2"),
+    ),
 }
 
 

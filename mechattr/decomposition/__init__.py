@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mechattr.decomposition.alti import alti
 from mechattr.decomposition.alti_logit import alti_logit
+from mechattr.decomposition.decompx import decompx_vectors
 from mechattr.decomposition.direct import direct_logit_attribution
 from mechattr.decomposition.flow import information_flow_routes
 from mechattr.decomposition.lens_result import Lens
@@ -14,6 +15,7 @@ from mechattr.decomposition.prompt import Prompt, prompt_of
 from mechattr.decomposition.readout import Readout, readout
 from mechattr.decomposition.result import Decomposition
 from mechattr.decomposition.routes import Routes
+from mechattr.decomposition.salience import token_salience
 from mechattr.decomposition.target import Target, target_of, token_id
 
 __all__ = [
@@ -28,6 +30,7 @@ __all__ = [
     "alti",
     "alti_logit",
     "attention_parts",
+    "decompx_vectors",
     "direct_logit_attribution",
     "information_flow_routes",
     "logit_lens",
@@ -37,4 +40,5 @@ __all__ = [
     "readout",
     "target_of",
     "token_id",
+    "token_salience",
 ]
