@@ -68,14 +68,15 @@ class Hasher:
         self._digest = ""
 
     def __call__(self, tensors: Mapping[str, Tensor], read: Callable[[str], Tensor | None] | None = None) -> str:
-        """`read` gives the value of a tensor, whose own may be elsewhere: in a file, where a change goes unseen, or in
-        parts in other processes."""
+        """`read` gives the value of a tensor that is elsewhere: offloaded, where a change goes unseen, or in parts in
+        other processes."""
         own = {name: getattr(tensors[name], "_local_tensor", tensors[name]) for name in sorted(tensors)}
         state = [(name, x.data_ptr(), x._version + tensors[name]._version) for name, x in own.items()]
         if state != self._state:
             digest = hashlib.sha256()
             for name, *_ in state:
-                value = tensors[name] if read is None else read(name)
+                elsewhere = tensors[name].is_meta or own[name] is not tensors[name]
+                value = read(name) if read is not None and elsewhere else tensors[name]
                 assert value is not None
                 tensor = value.detach().cpu().contiguous()
                 digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
