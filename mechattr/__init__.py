@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mechattr.decomposition.logit_lens import logit_lens
     from mechattr.decomposition.lrp import lrp
     from mechattr.decomposition.salience import token_salience
+    from mechattr.decomposition.token_lens import token_lens
     from mechattr.evaluation.estimate import estimate
     from mechattr.evaluation.faithfulness import faithfulness
     from mechattr.evaluation.minimality import minimality
@@ -76,6 +77,7 @@ _WHERE = {
     "report": "mechattr.report",
     "sites": "mechattr.sites",
     "tasks": "mechattr.tasks",
+    "token_lens": "mechattr.decomposition.token_lens:token_lens",
     "token_salience": "mechattr.decomposition.salience:token_salience",
 }
 
@@ -117,6 +119,7 @@ __all__ = [
     "report",
     "sites",
     "tasks",
+    "token_lens",
     "token_salience",
 ]
 

@@ -22,4 +22,5 @@ KINDS: dict[str, str] = {
     "segmentation": "mechattr.erasure.segment:Segmentation",
     "routes": "mechattr.decomposition.routes:Routes",
     "undertrained": "mechattr.vocabulary.undertrained:UnderTrained",
+    "tuned_lens": "mechattr.decomposition.tuned_lens:TunedLens",
 }

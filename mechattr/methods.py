@@ -204,6 +204,15 @@ METHODS: Mapping[str, MethodRow] = MappingProxyType(
                 page="docs/token_salience.md",
                 takes="prompts",
             ),
+            MethodRow(
+                name="token_lens",
+                function="mechattr.decomposition.token_lens:token_lens",
+                citation="Yan and Jia 2025, Promote, Suppress, Iterate, arXiv:2502.20475",
+                cost="1 forward pass a prompt, and the unembedding of each source in each layer",
+                promises=frozenset({"signed", "batch_independent"}),
+                page="docs/token_lens.md",
+                takes="prompts",
+            ),
         )
     }
 )

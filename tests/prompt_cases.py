@@ -101,6 +101,7 @@ CASES: dict[str, PromptCase] = {
         settings={"method": "rollout"},
         backends=("lens-gpt2", "nnsight-gpt2", "nnsight-local-gpt2"),
     ),
+    "token_lens": PromptCase(method="token_lens", result=Lens, refuses=_ENCODERS, backends=_EVERY_BACKEND),
 }
 
 

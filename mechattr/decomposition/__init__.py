@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mechattr.decomposition import tuned_lens
 from mechattr.decomposition.alti import alti
 from mechattr.decomposition.alti_logit import alti_logit
 from mechattr.decomposition.decompx import decompx_vectors
@@ -17,6 +18,7 @@ from mechattr.decomposition.result import Decomposition
 from mechattr.decomposition.routes import Routes
 from mechattr.decomposition.salience import token_salience
 from mechattr.decomposition.target import Target, target_of, token_id
+from mechattr.decomposition.token_lens import token_lens
 
 __all__ = [
     "AttentionParts",
@@ -40,5 +42,7 @@ __all__ = [
     "readout",
     "target_of",
     "token_id",
+    "token_lens",
     "token_salience",
+    "tuned_lens",
 ]

@@ -1,4 +1,4 @@
-"""What lenses return: predictions read from residual streams."""
+"""What lenses return: predictions read from residual streams, and from what attention adds to them."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from mechattr.decomposition.result import Decomposition
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.axes import Axes
 
 
 class Lens(Decomposition):
-    """Predictions from the residual streams of a prompt, site by site: `top/token` and `top/probability` [site, pos,
-    rank], `score/kl` and, of a target, `score/logit`, `score/probability` and `score/rank` [site, pos]."""
+    """A decomposition that names the likeliest tokens: their ids in `top/token` [..., rank], beside their
+    `top/probability` (logit lens) or `top/logit` (token lens), and as text in `settings["vocabulary"]`."""
 
     kind: ClassVar[str] = "lens"
 
@@ -23,19 +22,11 @@ class Lens(Decomposition):
 
     def to_pandas(self, table: str | None = None) -> pd.DataFrame:
         """A table in long form, as of any decomposition; those of the likeliest tokens say which, in `top_token`."""
-        frame = super().to_pandas(table)
-        if table in (None, "top/probability"):
-            tokens = super().to_pandas("top/token")["value"]
-            words = [self.word(token) for token in tokens[tokens >= 0]]
-            frame.insert(len(frame.columns) - 1, "top_token", words)
+        frame, name = super().to_pandas(table), table or str(self.settings["main"])
+        if not name.startswith("top/"):
+            return frame
+        tokens = super().to_pandas("top/token")["value"]
+        tokens = tokens[tokens >= 0]  # -1 at padding
+        frame = frame if name != "top/token" else frame.loc[tokens.index].reset_index(drop=True)
+        frame.insert(len(frame.columns) - 1, "top_token", [self.word(token) for token in tokens])
         return frame
-
-    def plot(self, ax: Axes | None = None) -> Axes:
-        """Draws the likeliest token of each site and position; see `mechattr.draw.lens_table`.
-
-        Raises:
-            SettingError: a result of several prompts.
-        """
-        from mechattr import draw
-
-        return draw.lens_table(self, ax=ax)

@@ -94,7 +94,7 @@ def logit_lens(
         main="top/probability",
         sites=list(names),
         vocabulary={str(token): decode_token(model.tokenizer, token) for token in kept},
-        tuned=None if tuned is None else tuned.name,
+        tuned=None if tuned is None else dict(tuned.settings),
         **{**({} if asked is None else asked.settings()), "position": None if columns is None else columns.tolist()},
     )
     return Lens(tensors, settings=settings, provenance=rows.provenance(model))

@@ -3,9 +3,10 @@
 Each figure answers one question: `head_map` which heads and MLPs matter, `position_map` where in the prompt,
 `scatter` whether the estimate is right, `discovery_curve` how fast the strongest nodes are found, `bound_curve` what
 may be missed, `circuit_graph` which edges, `faithfulness_curve` how faithful a circuit is, `drop_bars` what it needs,
-`dots` how methods compare, `tokens_html` which tokens, `lens_table` what is in each layer, `token_map` which token each
-position takes from. Signed values are blue where positive, red where negative and white exactly at 0; limits lie at the
-99th percentile of |value|, and the clipped count is stated.
+`dots` how methods compare, `tokens_html` and `token_values` which tokens, `lens_table` what is in each layer,
+`waterfall` what a logit consists of, `token_map` which token each position takes from. Signed values are blue where
+positive, red where negative and white exactly at 0; limits lie at the 99th percentile of |value|, and the clipped count
+is stated.
 """
 
 from mechattr.draw.bars import drop_bars, drop_size
@@ -21,8 +22,10 @@ from mechattr.draw.results import attribution
 from mechattr.draw.routes import RouteEdge, RouteView, route_map, route_map_size
 from mechattr.draw.scatter import scatter, spearman
 from mechattr.draw.style import DPI, Limits, colours, limits, new_figure, pyplot_axes, save, style
+from mechattr.draw.text import token_values
 from mechattr.draw.token_map import token_map
 from mechattr.draw.tokens import spell, tokens_html
+from mechattr.draw.waterfall import waterfall
 
 __all__ = [
     "DPI",
@@ -59,5 +62,7 @@ __all__ = [
     "spell",
     "style",
     "token_map",
+    "token_values",
     "tokens_html",
+    "waterfall",
 ]

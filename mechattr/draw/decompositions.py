@@ -2,55 +2,84 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+import math
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from mechattr.draw.style import array, style
+from mechattr.draw.heatmap import MAX_TICKS, head_map
+from mechattr.draw.lens import lens_table
+from mechattr.draw.style import array, pyplot_axes
+from mechattr.draw.text import named_bars, token_values
 from mechattr.draw.token_map import token_map
 from mechattr.draw.tokens import spell
+from mechattr.draw.waterfall import waterfall
 from mechattr.errors import SettingError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from mechattr.artifact import Attribution
+    from mechattr.labelled import Labelled
 
 _OVER_TOKENS = ("pos", "query", "key")
 
 
-def decomposition(result: Attribution, ax: Axes | None = None) -> Axes:
-    """The main table of a result of one prompt: bars over its tokens or components, or a map of queries by keys.
+def decomposition(result: Attribution, ax: Axes | None = None, table: str | None = None) -> Axes:
+    """A table of a result of one prompt, as suits its axes: components as a waterfall, tokens as bars or coloured text,
+    layers by tokens or heads and tokens by tokens as maps, the likeliest tokens of a lens as a table.
 
     Args:
         result: of one prompt.
         ax: axes to draw into; pyplot's new figure without it, so that a notebook shows it.
+        table: the name of a tensor; the main one without it.
 
     Raises:
-        SettingError: a result of several prompts, or a table with several axes.
+        SettingError: a result of several prompts, or a table with other axes.
     """
-    table = result.tensors[str(result.settings["main"])]
-    strings = cast(list[list[str]], result.settings["strings"])
-    if "batch" in table.axes:
-        if len(strings) > 1:
-            found = f"{len(strings)} prompts"
-            raise SettingError("a plot of a decomposition", found, "decompose one prompt, or plot .sel(batch=0)")
-        table = table.sel(batch=0)
-    if table.axes == ("query", "key"):
-        return token_map(table, strings[0], label="share", ax=ax)
-    if len(table.axes) != 1:
-        raise SettingError("bars", f"a table with axes {', '.join(table.axes)}", "choose one row with .sel(...)")
-    values, (axis,) = array(table), table.axes
-    over = axis in _OVER_TOKENS
-    labels = [spell(token, longest=14) for token in strings[0]] if over else list(map(str, table.coords[axis]))
-    if ax is None:
-        import matplotlib.pyplot as plt
+    settings: Any = result.settings
+    name = table or str(settings["main"])
+    if len(settings["strings"]) > 1:
+        found = f"{len(settings['strings'])} prompts"
+        raise SettingError("a plot of a decomposition", found, "decompose one prompt")
+    if name.startswith("top/"):
+        return lens_table(result, ax)
+    shown = result.tensors[name]
+    shown = shown.sel(batch=0) if "batch" in shown.axes else shown
+    label, axes = quantity(settings), shown.axes
+    if axes == ("component",):
+        total = settings.get("logit")
+        names = [str(component) for component in shown.coords["component"]]
+        return waterfall(names, shown, total=None if total is None else total[0], label=label, ax=ax)
+    if axes == ("query", "key"):
+        return token_map(shown, settings["strings"][0], label="share", ax=ax)
+    if len(axes) == 1 and axes[0] in _OVER_TOKENS:
+        return token_values(settings["strings"][0], shown, label=label, ax=ax)
+    if len(axes) == 1:
+        return named_bars([str(entry) for entry in shown.coords[axes[0]]], array(shown), label, ax)
+    if len(axes) == 2 and axes[0] == "layer":
+        return _layers(shown, settings["strings"][0], label, ax)
+    found = f"{name} with axes {', '.join(axes)}"
+    raise SettingError("a plot of a decomposition", found, "choose a table, or one row of it with .sel(...)")
 
-        with style():
-            ax = plt.figure(figsize=(5.6, 1.2 + 0.22 * len(values)), layout="constrained").add_subplot()
-    ax.barh(np.arange(len(values)), values, color=np.where(values >= 0, "#2166ac", "#b2182b"))
-    ax.set_yticks(np.arange(len(values)), labels)
-    ax.invert_yaxis()
-    ax.axvline(0, color="#222222", linewidth=0.8)
-    ax.set_xlabel("logit")
-    return ax
+
+def quantity(settings: Any) -> str:
+    """What the numbers are: the logit of a token, or the difference of two."""
+    target, foil = settings.get("target"), settings.get("foil")
+    if not target:
+        return "share"
+    return f"logit of {spell(target[0])}" + (f" − {spell(foil[0])}" if foil else "")
+
+
+def _layers(table: Labelled, strings: list[str], label: str, ax: Axes | None) -> Axes:
+    """Layers downward, tokens or heads to the right."""
+    axis, n = table.axes[1], table.shape[1]
+    names = [str(entry) for entry in table.coords[axis]]
+    if axis in _OVER_TOKENS:
+        names = [spell(strings[place], longest=10) for place in range(n)]
+    if ax is None:
+        ax = pyplot_axes(min(max(0.42 * n, 2.0) + 2.0, 9.5), 1.5 + 0.3 * table.shape[0])
+    layers = [int(layer) for layer in table.coords["layer"]]
+    drawn = head_map(array(table), label=label, layers=layers, column=axis, n_outlined=0, ax=ax)
+    ticks = list(range(0, n, math.ceil(n / MAX_TICKS)))
+    drawn.set_xticks(ticks, [names[place] for place in ticks], rotation=0 if axis == "head" else 90)
+    drawn.set_xlabel({"pos": "source token"}.get(axis, axis))
+    return drawn

@@ -168,5 +168,8 @@ def test_wrong_input_is_refused() -> None:
         lens(position=4)
     with pytest.raises(AnswerError, match="target 999\n  found: a vocabulary"):
         lens(target=999)
+    several = ma.logit_lens(model, rows.rows([0, 1]))
+    with pytest.raises(SettingError, match="2 prompts\n  fix: decompose one prompt"):
+        several.plot()
     with pytest.raises(SettingError, match="2 prompts\n  fix: read one prompt"):
-        ma.logit_lens(model, rows.rows([0, 1])).plot()
+        ma.draw.lens_table(several)
