@@ -162,6 +162,18 @@ class Routes(Artifact):
             ax = draw.pyplot_axes(*draw.route_map_size(view))
         return draw.route_map(view, ax=ax)
 
+    def page(self, *, prompt: int = 0, title: str = "Information flow routes", threshold: float | None = None) -> str:
+        """An interactive page as one HTML document that needs no network; see `mechattr.draw.route_page`.
+
+        Args:
+            prompt: which one, of several.
+            title: its headline.
+            threshold: where its slider stands at first; the slider begins at the threshold of the result.
+        """
+        from mechattr import draw
+
+        return draw.route_page(self.view(prompt), title=title, threshold=threshold)
+
     def view(self, prompt: int = 0) -> RouteView:
         """What is drawn of one prompt.
 

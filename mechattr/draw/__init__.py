@@ -19,6 +19,7 @@ from mechattr.draw.heatmap import head_map, position_map
 from mechattr.draw.indicators import indicator_scatter
 from mechattr.draw.lens import lens_table
 from mechattr.draw.results import attribution
+from mechattr.draw.route_page import route_page
 from mechattr.draw.routes import RouteEdge, RouteView, route_map, route_map_size
 from mechattr.draw.scatter import scatter, spearman
 from mechattr.draw.style import DPI, Limits, colours, limits, new_figure, pyplot_axes, save, style
@@ -55,6 +56,7 @@ __all__ = [
     "pyplot_axes",
     "route_map",
     "route_map_size",
+    "route_page",
     "save",
     "scatter",
     "segments_html",

@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 # All lengths are inches
 COLUMN = (0.2, 0.46)  # between tokens, least and most
-WIDTH = 6.4  # of all tokens, where their number allows it
-ROW = (0.13, 0.3)  # between places of the stream, least and most
+WIDTH = 5.2  # of all tokens, where their number allows it
+ROW = (0.13, 0.4)  # half a layer, least and most
 HEIGHT = 6.0  # of all layers, where their number allows it
 BULGE = 0.16  # how far edges within a column leave it
 BESIDE = 0.045  # between edges of heads that go the same way
-AROUND = (1.5, 1.5)  # what layer numbers and the legend, and tokens, prediction and title need besides
+AROUND = (1.35, 1.3)  # what layer numbers and the legend, and tokens and prediction need besides
 
 MANY = 40  # tokens; of longer prompts only those on the way are shown
 LABELS = 14  # attention edges with their head written on them
@@ -164,7 +164,7 @@ class _Layout:
 
     def y(self, layer: int, into: str) -> float:
         """The height of a place; that of `resid_post` of layer -1 is that of the tokens."""
-        return (2 * layer + (2 if into == "resid_post" else 1)) * self.row
+        return (2 * layer + (2 if into == "resid_post" else 1.3)) * self.row  # attention has more to show
 
     def curves(self) -> Iterator[tuple[RouteEdge, np.ndarray]]:
         """Edges, the weakest first, with the four corners of their curves."""
@@ -271,13 +271,14 @@ def _legend(ax: Axes, view: RouteView, colours: dict[int, str]) -> None:
     rest = (("mlp", MLP, "MLP"), ("residual", STREAM, "stream"), ("bias", BIAS, "bias"))
     named += [(colour, text) for kind, colour, text in rest if kind in kinds]
     handles = [Line2D([], [], color=colour, linewidth=2.2, label=text) for colour, text in named]
+    handles.append(Line2D([], [], linestyle="none", label="share"))
     handles += [
         Line2D([], [], color=INK, linewidth=THIN + (THICK - THIN) * share, label=f"{share:g}")
         for share in (0.05, 0.2, 0.5, 1.0)
     ]
     ax.legend(
         handles=handles, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=SMALL_POINTS,
-        handlelength=1.6, borderaxespad=0.2, labelspacing=0.35, title="width: share", title_fontsize=SMALL_POINTS,
+        handlelength=1.6, borderaxespad=0.2, labelspacing=0.35,
     )  # fmt: skip
     n = len(view.edges)
-    ax.set_title(f"{n} edges of at least {view.threshold:g}", loc="left", fontsize=SMALL_POINTS + 1.5, pad=18)
+    ax.set_xlabel(f"{n} edges of at least {view.threshold:g}", loc="left", fontsize=SMALL_POINTS + 1)
