@@ -16,6 +16,7 @@ KINDS: dict[str, str] = {
     "erasure_training": "mechattr.erasure.training:TrainingState",
     "footprint": "mechattr.erasure.accuracy:Footprint",
     "faithfulness": "mechattr.evaluation.faithfulness:Faithfulness",
+    "head_roles": "mechattr.decomposition.roles:HeadRoles",
     "lens": "mechattr.decomposition.lens_result:Lens",
     "implicit_vocabulary": "mechattr.erasure.vocabulary:ImplicitVocabulary",
     "minimality": "mechattr.evaluation.minimality:Minimality",

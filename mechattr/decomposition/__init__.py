@@ -15,6 +15,7 @@ from mechattr.decomposition.parts import AttentionParts, MlpParts, attention_par
 from mechattr.decomposition.prompt import Prompt, prompt_of
 from mechattr.decomposition.readout import Readout, readout
 from mechattr.decomposition.result import Decomposition
+from mechattr.decomposition.roles import HeadRoles, head_roles
 from mechattr.decomposition.routes import Routes
 from mechattr.decomposition.salience import token_salience
 from mechattr.decomposition.target import Target, target_of, token_id
@@ -23,6 +24,7 @@ from mechattr.decomposition.token_lens import token_lens
 __all__ = [
     "AttentionParts",
     "Decomposition",
+    "HeadRoles",
     "Lens",
     "MlpParts",
     "Prompt",
@@ -34,6 +36,7 @@ __all__ = [
     "attention_parts",
     "decompx_vectors",
     "direct_logit_attribution",
+    "head_roles",
     "information_flow_routes",
     "logit_lens",
     "lrp",

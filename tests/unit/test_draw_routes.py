@@ -79,7 +79,7 @@ def test_many_heads_share_a_colour_and_many_tokens_leave_out_those_without_a_rou
 
 
 def test_a_page_carries_its_data_and_needs_no_network() -> None:
-    page = route_page(replace(VIEW, tokens=["</script>", "<b>", " to"]), title="a < b", threshold=0.3)
+    page = route_page(replace(VIEW, tokens=["</script>", "<&b", " to"]), title="a < b", threshold=0.3)
     assert page.count("</script>") == 1 and "<title>a &lt; b</title>" in page
     addresses = set(re.findall(r"https?://[^\"' ]+", page))
     assert addresses == {"http://www.w3.org/2000/svg"}  # the name of the format, never fetched
