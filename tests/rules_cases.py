@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -14,7 +15,7 @@ SINGLE = [
     Rules(norm="frozen"), Rules(activation="secant"), Rules(gate="half"), Rules(gate="detached"),
     Rules(pattern="detached"),
     Rules(temperature=3.0), Rules(qk_factor=0.25), Rules(v_factor=0.5), Rules(hold={0}),
-    Rules(softcap="secant"),
+    Rules(softcap="secant"), Rules(router="detached"), Rules(linear_epsilon=0.1), Rules(linear_gamma=0.25),
 ]  # fmt: skip
 EVERY = [
     RELP, GIM, CP, ATTN, *SINGLE,
@@ -25,6 +26,11 @@ EVERY = [
 def close(found: Tensor, wanted: Tensor, relative: float = 1e-10) -> None:
     """Equal up to `relative` of the largest entry; the default is for sums in float64."""
     torch.testing.assert_close(found, wanted, rtol=0, atol=relative * max(1.0, float(wanted.abs().max())))
+
+
+def allowed(sites: Sequence[str], rule: Rules) -> list[str]:
+    """The sites that a run under a rule can have: under gamma the output projection is not taken apart into heads."""
+    return [name for name in sites if not (rule.linear_gamma and name.endswith("hook_result"))]
 
 
 def real(x: Tensor, axes: tuple[str, ...], batch: Batch) -> Tensor:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -45,7 +45,8 @@ class Anatomy:
         blocks: the blocks.
         parts: for each block, the modules of its family row by field name; a norm that is the identity is left out.
         ends: `embed`, `pos_embed` and `final`.
-        norms: every norm module, for the rule that freezes them.
+        head: of an encoder's prediction head its activation function `act`, or `before` and `behind` it.
+        norms: every norm module, for the rule that freezes them; with those of the prediction head.
         configured: the modules that hold a config object of the model, from which attention takes its implementation.
         factors: what is multiplied between modules.
         logit_bias: what is added to the logits beside the bias of the unembedding.
@@ -68,6 +69,12 @@ class Anatomy:
     cross: tuple[dict[str, nn.Module], ...] = ()
     source: Anatomy | None = None
     stack: str = "blocks"
+    head: Mapping[str, nn.Module] = field(default_factory=dict)
+
+    @property
+    def stacks(self) -> tuple[Anatomy, ...]:
+        """This stack of blocks, and the encoder beside it."""
+        return (self,) if self.source is None else (self, self.source)
 
     def norm(self, name: str) -> Norm | None:
         """The norm through which attention (`"blocks.0.ln1"`), the MLP (`"blocks.0.ln2"`) or the unembedding
@@ -158,6 +165,10 @@ def locate(
             "encoder and decoder share one embedding module, so that their calls cannot be told apart",
             "save the model and load it again, which gives each its own module with shared weights",
         )
+    behind = (("act", family.head_act), *zip(("before", "behind"), family.head_gelu or (), strict=False))
+    head = {name: m for name, path in behind if (m := find(model, path)) is not None}
+    inside = set(base.modules())
+    outside = set(model.modules()).difference(model.base_model.modules())
     config = text_config(model.config, family)
     configs = [config, *(m.config for m in base.children() if source is not None and hasattr(m, "config"))]
     return Anatomy(
@@ -166,7 +177,7 @@ def locate(
         block_list,
         parts,
         ends,
-        tuple(m for m in base.modules() if is_norm(m)),
+        tuple(m for m in model.modules() if is_norm(m) and (m in outside or m in inside)),
         tuple(m for m in model.modules() if any(m.__dict__.get("config") is c for c in configs)),
         n_heads,
         n_kv_heads,
@@ -174,4 +185,5 @@ def locate(
         getattr(model, "final_logits_bias", None),
         cross,
         None if source is None else replace(source, stack="encoder", norms=()),
+        head=head,
     )

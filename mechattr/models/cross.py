@@ -109,10 +109,12 @@ def cross_attention(at: Installer, layer: int) -> bool:
     if not at.anatomy.cross:
         return False
     parts, p, here = at.anatomy.cross[layer], f"blocks.{layer}.", f"blocks.{layer}.cross_attn.hook_"
+    at.linears(parts)
     if at.taps.wants(here + "z"):
         at.on_input(parts["o"], lambda x: at.per_head(here + "z", x))
     if at.taps.wants(here + "result"):
         at.on_output(parts["o"], lambda m, a, _x: at.result(here + "result", m, a[0]))
+    at.linears(parts, ["o"])
     at.write(parts["attn"], p + "hook_cross_attn_out", p + "hook_resid_mid_cross", parts["ln"])
     return at.attends(parts["attn"], here)
 

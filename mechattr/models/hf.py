@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from mechattr.errors import ModelStateError, SettingError, UnsupportedModelError
+from mechattr.errors import ModelStateError, SettingError, UnsupportedFeatureError, UnsupportedModelError
 from mechattr.models import cross, vision, weights
 from mechattr.models import tokenize as text
 from mechattr.models.anatomy import locate
@@ -25,6 +25,8 @@ from mechattr.models.families import Family, full_sites, text_config
 from mechattr.models.hf_hooks import tapping
 from mechattr.models.norms import Norm
 from mechattr.models.placement import check_weights, runs_on, stored
+from mechattr.models.reach import unreached
+from mechattr.models.rules import Rules
 from mechattr.models.running import Running, Turns
 from mechattr.models.selfcheck import selfcheck
 from mechattr.models.sharding import split_of
@@ -123,7 +125,13 @@ class HookedHF(Running):
 
     def supports(self, feature: Any) -> bool:
         """Whether a site name (short or full), an edit operator or a `Rules` value can be used."""
-        return supported(feature, self._sites)
+        return self._refusal(feature) is None if isinstance(feature, Rules) else supported(feature, self._sites)
+
+    def _refusal(self, rules: Rules) -> UnsupportedFeatureError | None:
+        if self._split is not None and rules.in_linear:
+            found = "the model's linear layers are divided among processes"
+            return UnsupportedFeatureError(f"rules {rules.to_json()}", found, "load it in one process")
+        return super()._refusal(rules) or unreached(rules, self.model, self._anatomy)
 
     def weight(self, name: str) -> Tensor:
         """A weight by its standard name (see `mechattr.models.weights`), as a view where the layout allows it.

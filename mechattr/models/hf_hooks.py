@@ -19,9 +19,9 @@ from mechattr.models.attention import ATTRIBUTE, NATIVE, AttentionTap, name_of
 from mechattr.models.checkpoint import checkpointed
 from mechattr.models.cross import cross_attention, handing_through, placed
 from mechattr.models.experts import per_expert, reroute
-from mechattr.models.hf_taps import Tapping
+from mechattr.models.hf_rules import Ruling
 from mechattr.models.norms import norm_scale, normalise
-from mechattr.models.rules import frozen_like, scaled, secant
+from mechattr.models.rules import scaled
 from mechattr.models.taps import Taps
 
 
@@ -61,15 +61,14 @@ def tapping(
         yield
 
 
-class Installer(Tapping):
+class Installer(Ruling):
     """Registers hooks on one model for one run, or on the encoder beside its decoder."""
 
     def install(self) -> bool:
         """Hooks all modules; says whether the attention function is needed."""
         anatomy, taps, outside = self.anatomy, self.taps, "" if self.decodes else "encoder."
-        if taps.rules.norm == "frozen":
-            for norm in anatomy.norms:
-                self.on_output(norm, self.frozen_norm)
+        self.frozen_norms()
+        self.head()
         if anatomy.family.by_column:
             self.on_output(anatomy.ends["pos_embed"], lambda m, _a, x: placed(m, x, self.positions))
         embed, pos_embed = f"{outside}hook_embed", f"{outside}hook_pos_embed"
@@ -99,9 +98,7 @@ class Installer(Tapping):
 
     def install_again(self, layer: int) -> bool:
         """Hooks one block inside; says whether the attention function is needed."""
-        if self.taps.rules.norm == "frozen":
-            for norm in self.anatomy.norms:
-                self.on_output(norm, self.frozen_norm)
+        self.frozen_norms()
         return self.block(layer) | cross_attention(self, layer)
 
     def checkpoint(self, layer: int, again: Callable[[], AbstractContextManager[None]]) -> None:
@@ -123,13 +120,16 @@ class Installer(Tapping):
         start = self.start.resid_pre if self.start is not None and self.start.layer == layer else None
         if start is not None or taps.wants(p + "hook_resid_pre"):
             self.on_input(block, lambda x: self.tap(p + "hook_resid_pre", x if start is None else start))
+        self.linears(parts)
         if "ln1" in parts:
             self.norm(parts["ln1"], p + "ln1.")
         self.projections(layer)
+        self.clips(layer)
         if taps.wants(p + "attn.hook_z"):
             self.on_input(parts["o"], lambda x: self.per_head(p + "attn.hook_z", x))
         if taps.wants(p + "attn.hook_result"):
             self.on_output(parts["o"], lambda m, a, _x: self.result(p + "attn.hook_result", m, a[0]))
+        self.linears(parts, ["o"])
         self.write(parts["attn_out"], p + "hook_attn_out", p + "hook_resid_mid", block)
         if "ln2" in parts:
             self.norm(parts["ln2"], p + "ln2.")
@@ -215,12 +215,7 @@ class Installer(Tapping):
             self.mixture(layer)
             return
         gated = "up" in parts or self.anatomy.family.gate_up
-        if taps.rules.activation == "secant":
-            self.on_output(parts["act"], lambda m, a, y: secant(m.forward, a[0], y))
-        if taps.rules.gate == "detached" and gated:
-            self.on_output(parts["act"], lambda _m, _a, y: y.detach())
-        if taps.rules.gate == "half" and gated:
-            self.on_input(parts["down"], lambda x: scaled(x, 0.5))
+        self.activation(parts, gated=gated)
         if self.anatomy.family.gate_up and taps.wants_any([pre, linear]):
 
             def halves(_m: nn.Module, _a: Any, x: Tensor) -> Tensor:
@@ -244,14 +239,17 @@ class Installer(Tapping):
             return reroute(m, routed, self.tap(logits, routed[0]))
 
         def spread(m: nn.Module, a: Any, x: Tensor) -> Tensor:
-            each = per_expert(m, *a)
+            each = scaled(per_expert(m, *a), self.behind_experts)
             columns = taps.frame.queries.shape[1]
             return taps(out, each.unflatten(0, (-1, columns))).sum(2).reshape(x.shape)
 
         if taps.wants(logits):
             self.stack.callback(parts["router"].register_forward_hook(route).remove)
+        self.experts(parts)
         if taps.wants(out):
             self.on_output(parts["experts"], spread)
+        else:
+            self.on_output(parts["experts"], lambda _m, _a, x: scaled(x, self.behind_experts))
 
     def norm(self, module: nn.Module, p: str) -> None:
         """Scale and output of a norm. With E the norm at a given scale, an edited scale s enters as E(x, s) - E(x, s0):
@@ -268,10 +266,6 @@ class Installer(Tapping):
             self.on_output(module, scaled)
         if taps.wants(out):
             self.on_output(module, lambda m, a, y: self.tap(out, y))
-
-    def frozen_norm(self, m: nn.Module, a: Any, y: Tensor) -> Tensor:
-        x = a[0].to(y.device)
-        return frozen_like(y, normalise(m, x, norm_scale(m, x).detach()).to(y.dtype))
 
     # -- the attention function
 

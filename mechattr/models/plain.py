@@ -22,10 +22,11 @@ from mechattr.models.checks import check_batch
 from mechattr.models.dictionary import hash_of
 from mechattr.models.edits import Edit, Frame
 from mechattr.models.greedy import continue_greedily
+from mechattr.models.linear_rules import linear_rule
 from mechattr.models.load import dtype_of
 from mechattr.models.norms import Norm
 from mechattr.models.plain_config import ACTIVATIONS, PlainConfig, random_weights, shapes, site_names
-from mechattr.models.rules import attend, scaled, secant
+from mechattr.models.rules import Rules, attend, scaled, secant
 from mechattr.models.running import Running
 from mechattr.models.taps import Taps, plan_edits, supported
 from mechattr.models.weights import Hasher
@@ -89,7 +90,7 @@ class HookedPlain(Running):
 
     def supports(self, feature: Any) -> bool:
         """Whether a site name, an edit operator or a `Rules` value can be used."""
-        return supported(feature, self._sites)
+        return self._refusal(feature) is None if isinstance(feature, Rules) else supported(feature, self._sites)
 
     def weight(self, name: str) -> Tensor:
         """A weight by its standard name.
@@ -198,13 +199,15 @@ class HookedPlain(Running):
         if c.d_mlp:
             y = self._norm(p + "ln2.", p + "ln2.", x, taps)
             act, gate = ACTIVATIONS[c.activation], "gate" if c.gated else "in"
-            pre = _tap(taps, p + "mlp.hook_pre", y @ w[f"{p}mlp.W_{gate}"] + w[f"{p}mlp.b_{gate}"])
+            pre = _tap(taps, p + "mlp.hook_pre", _linear(y, w[f"{p}mlp.W_{gate}"], w[f"{p}mlp.b_{gate}"], taps))
             post = secant(act, pre, act(pre)) if taps.rules.activation == "secant" else act(pre)
             if c.gated:
                 post = post.detach() if taps.rules.gate == "detached" else post
-                post = post * _tap(taps, p + "mlp.hook_pre_linear", y @ w[p + "mlp.W_in"] + w[p + "mlp.b_in"])
+                up = _linear(y, w[p + "mlp.W_in"], w[p + "mlp.b_in"], taps)
+                post = post * _tap(taps, p + "mlp.hook_pre_linear", up)
                 post = scaled(post, 0.5) if taps.rules.gate == "half" else post
-            written = _tap(taps, p + "mlp.hook_post", post) @ w[p + "mlp.W_out"] + w[p + "mlp.b_out"]
+            post = _tap(taps, p + "mlp.hook_post", post)
+            written = _linear(post, w[p + "mlp.W_out"], w[p + "mlp.b_out"], taps)
             x = x + _tap(taps, p + "hook_mlp_out", written)
         return _tap(taps, p + "hook_resid_post", x)
 
@@ -212,7 +215,12 @@ class HookedPlain(Running):
         c, w, a = self.config, self._weights, p + "attn.hook_"
 
         def project(which: str) -> Tensor:
-            return torch.einsum("bpm,hmd->bphd", y, w[f"{p}attn.W_{which}"]) + w[f"{p}attn.b_{which}"]
+            weight, bias = w[f"{p}attn.W_{which}"], w[f"{p}attn.b_{which}"]
+            x = torch.einsum("bpm,hmd->bphd", y, weight) + bias
+            if not taps.rules.in_linear:
+                return x
+            flat = linear_rule(y, weight.movedim(1, 0).flatten(1), bias.flatten(), x.flatten(2), taps.rules)
+            return flat.view_as(x)
 
         groups = c.n_heads // c.n_kv_heads
         v = scaled(_tap(taps, a + "v", project("V")), taps.rules.v_factor).repeat_interleave(groups, 2)
@@ -230,8 +238,12 @@ class HookedPlain(Running):
         pattern = _tap(taps, a + "pattern", pattern)
         z = _tap(taps, a + "z", torch.einsum("bhqk,bkhd->bqhd", pattern, v))
         if taps.wants(a + "result"):
-            return taps(a + "result", torch.einsum("bqhd,hdm->bqhm", z, w[p + "attn.W_O"])).sum(2) + w[p + "attn.b_O"]
-        return torch.einsum("bqhd,hdm->bqm", z, w[p + "attn.W_O"]) + w[p + "attn.b_O"]
+            out = taps(a + "result", torch.einsum("bqhd,hdm->bqhm", z, w[p + "attn.W_O"])).sum(2) + w[p + "attn.b_O"]
+        else:
+            out = torch.einsum("bqhd,hdm->bqm", z, w[p + "attn.W_O"]) + w[p + "attn.b_O"]
+        if not taps.rules.in_linear:
+            return out
+        return linear_rule(z.flatten(2), w[p + "attn.W_O"].flatten(0, 1), w[p + "attn.b_O"], out, taps.rules)
 
     def _norm(self, name: str, site: str, x: Tensor, taps: Taps) -> Tensor:
         c = self.config
@@ -246,6 +258,11 @@ class HookedPlain(Running):
 
 def _tap(taps: Taps, name: str, x: Tensor) -> Tensor:
     return taps(name, x) if taps.wants(name) else x
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor, taps: Taps) -> Tensor:
+    y = x @ weight + bias
+    return linear_rule(x, weight, bias, y, taps.rules) if taps.rules.in_linear else y
 
 
 def _rotate(x: Float[Tensor, "batch pos head d"], positions: Tensor, theta: float) -> Tensor:

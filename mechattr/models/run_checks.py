@@ -28,6 +28,16 @@ def check_asked(gradients: Sequence[str], metric: Metric | None, visit: Visit | 
         raise SettingError("visit", "no site whose gradient is asked for", "name sites with gradients=")
 
 
+def check_result(taps: Taps) -> None:
+    """Whether what each head writes is not asked for under a rule that takes the output projection as a whole."""
+    named = sorted(name for name in taps.names if name.endswith("attn.hook_result"))
+    if named and taps.rules.linear_gamma:
+        found = "the gamma rule acts on the output projection as a whole, not on each head's part"
+        raise UnsupportedFeatureError(
+            f"{named[0]} under Rules(linear_gamma={taps.rules.linear_gamma})", found, "use z in place of result"
+        )
+
+
 def check_fired(taps: Taps) -> None:
     """Whether every site that something was to happen at was passed."""
     silent = sorted(taps.names - taps.held - taps.fired)

@@ -16,7 +16,7 @@ from mechattr.models.base import Batch, Metric, ModelInfo, Run, Start, Visit
 from mechattr.models.dictionary import Dictionary
 from mechattr.models.dictionary_view import with_dictionaries
 from mechattr.models.edits import Edit
-from mechattr.models.rules import Rules
+from mechattr.models.rules import Rules, check_rules, refused
 from mechattr.models.tape import Tape, execute, make_tape
 from mechattr.models.taps import Taps
 
@@ -36,6 +36,10 @@ class Running(ABC):
     @abstractmethod
     def weight(self, name: str) -> Tensor:
         """A weight by its standard name."""
+
+    def _refusal(self, rules: Rules) -> UnsupportedFeatureError | None:
+        """The error of rules that this model cannot obey, if they are such."""
+        return refused(rules, self.info)
 
     @abstractmethod
     def _check(self, batch: Batch) -> None:
@@ -75,11 +79,12 @@ class Running(ABC):
 
         Raises:
             UnsupportedFeatureError: `checkpoint` on a backend that cannot compute a block again; a site that did not
-                fire.
+                fire; rules in a model that has a module which they do not reach, or in float16.
             SettingError, UnknownSiteError, NonFiniteError: see `mechattr.models.tape`.
         """
         self._check(batch)
         self._check_checkpoint(checkpoint)
+        self._check_rules(rules)
         return execute(
             lambda taps: self._forward(batch, taps),
             self.info,
@@ -111,6 +116,7 @@ class Running(ABC):
         """One forward pass that keeps its graph, for any number of backward passes; arguments as in `run`."""
         self._check(batch)
         self._check_checkpoint(checkpoint)
+        self._check_rules(rules)
         return make_tape(
             lambda taps: self._forward(batch, taps),
             self.info,
@@ -142,6 +148,11 @@ class Running(ABC):
                 dtype or device, NaN, or another value each time. (One run of two tokens shows.)
         """
         return with_dictionaries(self, dictionaries)
+
+    def _check_rules(self, rules: Rules | None) -> None:
+        check_rules(rules)
+        if rules is not None and (error := self._refusal(rules)) is not None:
+            raise error
 
     def _check_checkpoint(self, checkpoint: bool) -> None:
         if checkpoint and not self.checkpoints:

@@ -24,6 +24,7 @@ from mechattr.models.run_checks import (
     check_fired,
     check_metric,
     check_pass,
+    check_result,
     no_gradient,
 )
 from mechattr.models.taps import Point, Taps, Watch, plan_edits
@@ -170,7 +171,7 @@ def plan(
     if metric is not None and not callable(metric):
         raise SettingError(f"metric={metric!r}", "that is not callable", "pass metric=task.metric or a function")
     check_start(start, info, batch)
-    check_rules(rules, sites)
+    check_rules(rules)
     check_hold(rules, info)
     taps = Taps(
         frame=Frame.whole(batch),
@@ -182,6 +183,7 @@ def plan(
         start=start,
     )
     _check_explicit_positions(edits, batch)
+    check_result(taps)
     taps.axes = {name: site_spec(name).axes for name in taps.names}
     return taps
 

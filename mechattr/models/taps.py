@@ -18,7 +18,7 @@ from mechattr.errors import SettingError, UnknownSiteError
 from mechattr.models.base import AttentionForm, ModelInfo, Start, Visit
 from mechattr.models.dictionary import Dictionary
 from mechattr.models.edits import Edit, Frame, apply, validate
-from mechattr.models.rules import Rules, out_of_reach
+from mechattr.models.rules import Rules
 from mechattr.models.sharding import Split
 from mechattr.sites import expand, reads_source, site_spec
 
@@ -175,9 +175,7 @@ class Taps:
 
 
 def supported(feature: Any, sites: Sequence[str]) -> bool:
-    """Whether a site name (short or full) is among `sites`, or a value is an edit operator or `Rules` for them."""
-    if isinstance(feature, Rules):
-        return not out_of_reach(feature, sites)
+    """Whether a site name (short or full) is among `sites`, or a value is an edit operator."""
     if not isinstance(feature, str):
         return callable(feature)
     try:

@@ -175,13 +175,66 @@ def test_in_bfloat16_a_routing_that_is_computed_again_keeps_every_bit(family: st
     assert torch.equal(model.run(batch, edits=edits).logits, model.run(batch).logits)
 
 
-def test_rules_inside_experts_are_refused_before_anything_runs() -> None:
-    model, batch = families.hooked("mixtral"), Batch.of(families.tokens())
-    assert not model.supports(Rules.relp()) and model.supports(Rules(norm="frozen", pattern="detached"))
+def test_rules_that_do_not_reach_the_inside_of_experts_are_refused_before_anything_runs() -> None:
+    model, batch = families.hooked("gpt_oss"), Batch.of(families.tokens())
+    assert not model.supports(Rules.relp()) and model.supports(Rules(norm="frozen", router="detached"))
     assert model.supports("expert_out") and not model.supports("mlp_post")
-    text = r"Rules\(activation='secant', gate='half'\)\n  found: the MLPs are mixtures of experts.*\n  fix: .*replace"
+    text = r"rules \{'norm'.* of family 'gpt_oss'\n  found: .* reach the gate inside each expert \(GptOss.*\n  fix: use"
     with pytest.raises(UnsupportedFeatureError, match=text):
         model.run(batch, metric=families.probe, gradients="z", rules=Rules.relp())
+    text = (
+        r"Rules\(linear_epsilon=0.0, linear_gamma=0.5\)\n  found: the MLPs are mixtures of experts.*\n  fix: .*replace"
+    )
+    with pytest.raises(UnsupportedFeatureError, match=text):
+        families.hooked("mixtral").tape(batch, gradients="z", rules=Rules(linear_gamma=0.5))
+
+
+def relevance_by_hand(model: HookedHF, x: Tensor, g: Tensor, rules: Rules) -> Tensor:
+    """The gradient at what a mixture reads, [token, d_model], from that of what it writes: each chosen expert is the
+    linear map that it is at its values, its weight a number or half of a product."""
+    logits = linear(model, 0, x)
+    weights, found = routing(model, logits), torch.zeros_like(x)
+    experts = block(model, 0).experts
+    for token, row in enumerate(weights):
+        for e in row.nonzero()[:, 0].tolist():
+            w_gate, w_up = experts.gate_up_proj[e].detach().chunk(2)
+            gate, up = w_gate @ x[token], w_up @ x[token]
+            at_product = row[e] * (experts.down_proj[e].detach().T @ g[token])
+            share = 0.5 if rules.gate == "half" else 1.0
+            found[token] += w_up.T @ (at_product * F.silu(gate) * share)
+            if rules.gate == "half":
+                found[token] += w_gate.T @ (at_product * up * F.silu(gate) / gate * share)
+    return found
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "olmoe"])
+def test_rules_inside_experts_against_experts_worked_out_by_hand(family: str) -> None:
+    model, batch = families.hooked(family, torch.float64), Batch.of(families.tokens(2, 6))
+    with families.widened():
+        for rules in (Rules.cp_lrp(), Rules.attn_lrp()):
+            run = model.run(
+                batch, record="ln2", metric=families.probe, gradients=("ln2", "mlp_out", "router_logits"), rules=rules
+            )
+            x, g = (values["ln2", 0].values.flatten(0, 1) for values in (run.activations, run.gradients))
+            at_out = run.gradients["mlp_out", 0].values.flatten(0, 1)
+            same(g, relevance_by_hand(model, x, at_out, rules))
+            assert not run.gradients["router_logits", 0].values.any()
+            with pytest.raises(AssertionError):  # control: the other rule
+                same(g, relevance_by_hand(model, x, at_out, Rules(gate="half" if rules.gate != "half" else "detached")))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+def test_half_of_a_gate_is_not_half_of_a_routing_weight(family: str) -> None:
+    model, batch = families.hooked(family, torch.float64), Batch.of(families.tokens(2, 6))
+    wanted = ("router_logits", "expert_out")
+    full, half = (
+        model.run(batch, metric=families.probe, gradients=wanted, rules=rules).gradients
+        for rules in (Rules(), Rules(gate="half"))
+    )
+    last = model.info.n_layers - 1  # nothing above it meets the rule
+    for short in wanted:
+        torch.testing.assert_close(half[short, last].values, full[short, last].values, rtol=0, atol=1e-12)
+    assert (half["router_logits", 0].values - full["router_logits", 0].values).abs().max() > 1e-3  # control
 
 
 def test_sites_of_a_dense_mlp_are_refused_with_what_there_is() -> None:

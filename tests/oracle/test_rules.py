@@ -7,7 +7,7 @@ from dataclasses import replace
 import families
 import pytest
 import torch
-from rules_cases import ATTN, CP, EVERY, GIM, RELP, Tempered, close, real
+from rules_cases import ATTN, CP, EVERY, GIM, RELP, Tempered, allowed, close, real
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -22,8 +22,9 @@ every_family = pytest.mark.parametrize("family", families.FAMILIES)
 
 
 def reachable(model: HookedHF, rule: Rules) -> Rules:
-    """The rule, without what acts inside experts where the MLPs are mixtures of them."""
-    found = replace(rule, activation="full", gate="full") if model.info.n_experts else rule
+    """The rule, without what acts inside experts where no rule reaches that, and on linear layers of experts."""
+    found = replace(rule, activation="full", gate="full") if model.info.family == "gpt_oss" else rule
+    found = replace(found, linear_epsilon=0.0, linear_gamma=0.0) if model.info.n_experts else found
     assert model.supports(found) and model.supports(rule) == (found == rule)
     return found
 
@@ -35,8 +36,9 @@ def assert_forward_unchanged(model, batch: Batch, rule: Rules) -> None:
     plain = model.run(batch)
     ruled = model.run(batch, metric=families.probe, gradients="resid_pre", rules=rule)
     assert torch.equal(ruled.logits[batch.mask], plain.logits[batch.mask])
-    plain = model.run(batch, record=model.sites())
-    ruled = model.run(batch, record=model.sites(), metric=families.probe, gradients="resid_pre", rules=rule)
+    sites = allowed(model.sites(), rule)
+    plain = model.run(batch, record=sites)
+    ruled = model.run(batch, record=sites, metric=families.probe, gradients="resid_pre", rules=rule)
     for site, x in plain.activations.items():
         found = ruled.activations[site]
         assert torch.equal(real(found.values, found.axes, batch), real(x.values, x.axes, batch)), site
@@ -159,7 +161,8 @@ def test_plain_and_transformers_agree_at_every_site(family):
         tolerance = 1e-9 if family == "gpt2" else 1e-5  # all float64, but for Llama's rotary frequencies
         for rule in EVERY:
             one, two = (
-                m.run(batch, metric=families.probe, gradients=copied.sites(), rules=rule) for m in (model, copied)
+                m.run(batch, metric=families.probe, gradients=allowed(copied.sites(), rule), rules=rule)
+                for m in (model, copied)
             )
             for site, x in one.gradients.items():
                 found = two.gradients[site]
@@ -206,9 +209,9 @@ def test_the_secant_is_defined_at_zero(act, dtype):
 def test_presets_and_json():
     assert RELP.to_json() == {"norm": "frozen", "activation": "secant", "gate": "half", "pattern": "detached"}
     assert GIM.to_json() == {"norm": "frozen", "gate": "half", "temperature": 2.0, "qk_factor": 0.25, "v_factor": 0.5}
-    assert CP.to_json() == {"norm": "frozen", "activation": "secant", "gate": "detached", "pattern": "detached"}
-    halves = {"qk_factor": 0.25, "v_factor": 0.5}
-    assert ATTN.to_json() == {"norm": "frozen", "activation": "secant", "gate": "half", "softcap": "secant"} | halves
+    assert CP.to_json() == {**RELP.to_json(), "gate": "detached", "router": "detached"}
+    halves = {"gate": "half", "softcap": "secant", "router": "detached", "qk_factor": 0.25, "v_factor": 0.5}
+    assert ATTN.to_json() == {"norm": "frozen", "activation": "secant", **halves}
     assert Rules().to_json() == {}
     for rule in EVERY:
         assert Rules(**rule.to_json()) == rule
@@ -228,6 +231,8 @@ def test_presets_and_json():
         ({"qk_factor": float("nan")}, r"Rules\(qk_factor=nan\)\n  found: no positive number"),
         ({"v_factor": "half"}, r"Rules\(v_factor='half'\)\n  found: no positive number"),
         ({"v_factor": True}, r"Rules\(v_factor=True\)\n  found: no positive number"),
+        ({"linear_gamma": -0.1}, r"Rules\(linear_gamma=-0.1\)\n  found: no number from 0\n  fix: 0.0 leaves"),
+        ({"linear_epsilon": float("inf")}, r"Rules\(linear_epsilon=inf\)\n  found: no number from 0"),
         (
             {"pattern": "detached", "temperature": 2.0},
             r"temperature or qk_factor\n  found: nothing flows back through a detached pattern\n  fix: choose one",

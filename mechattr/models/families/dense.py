@@ -88,7 +88,7 @@ ROWS: dict[str, Family] = {
     "phi3": replace(GLM, q=None, k=None, v=None, qkv="self_attn.qkv_proj", fused="blocks"),
     "glm": GLM,
     "glm4": replace(GLM, attn_out="post_self_attn_layernorm", mlp_out="post_mlp_layernorm"),
-    "olmo": replace(LLAMA, norm="layer"),
+    "olmo": replace(LLAMA, norm="layer", clipped=True),
     "olmo2": OLMO2,
     "olmo3": OLMO2,
     "exaone4": OLMO2,

@@ -27,6 +27,7 @@ BERT = Family(
     k="attention.self.key",
     v="attention.self.value",
     rotary=False,
+    head_act="cls.predictions.transform.transform_act_fn",
     norm="layer",
     softmax_float32=False,
     auto="AutoModelForMaskedLM",
@@ -40,11 +41,11 @@ def roberta_variant(config: Any) -> dict[str, Any]:
     return {"position_offset": config.pad_token_id + 1}
 
 
-ROBERTA = replace(BERT, variant=roberta_variant)
+ROBERTA = replace(BERT, variant=roberta_variant, head_act=None, head_gelu=("lm_head.dense", "lm_head.layer_norm"))
 
 ROWS: dict[str, Family] = {
     "bert": BERT,
-    "electra": BERT,
+    "electra": replace(BERT, head_act="generator_predictions.activation"),
     "roberta": ROBERTA,
     "xlm-roberta": ROBERTA,
     "distilbert": replace(
@@ -62,6 +63,7 @@ ROWS: dict[str, Family] = {
         q="attention.q_lin",
         k="attention.k_lin",
         v="attention.v_lin",
+        head_act="activation",
     ),
     "modernbert": Family(  # the first block has no norm before attention: the embedding's is all it needs
         embed="embeddings.tok_embeddings",
@@ -81,6 +83,7 @@ ROWS: dict[str, Family] = {
         qkv="attn.Wqkv",
         fused="blocks",
         gate_up=True,
+        head_act="head.act",
         norm="layer",
         auto="AutoModelForMaskedLM",
         encoder=True,

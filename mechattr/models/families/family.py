@@ -34,7 +34,7 @@ class Cross:
 # The fields that are modules of a block.
 PARTS = (
     "ln1", "attn", "o", "attn_out", "ln2", "gate", "up", "act", "down", "router", "experts", "mlp_out",
-    "q", "k", "v", "qkv",
+    "shared_act", "shared_down", "shared_weight", "q", "k", "v", "qkv",
 )  # fmt: skip
 
 
@@ -59,6 +59,8 @@ class Family:
         mlp_out: the module whose output is added to the residual stream.
         router, experts: in a mixture of experts, the module that gives logits, scores and chosen experts, and the
             module that runs the experts. `gate`, `up`, `act` and `down` are then `None`.
+        shared_act, shared_down, shared_weight: of an expert that every token goes through, the activation function, the
+            last projection and the projection to the logit of its weight.
         final: the last norm.
         q, k, v: the projections, `None` where they are one fused module `qkv`.
         qkv: a fused projection.
@@ -74,6 +76,9 @@ class Family:
         returns_tuple: a block returns a tuple that begins with the residual stream.
         adds_in_place: a block adds to its MLP's output in place.
         norm: `"layer"` or `"rms"`, with `"_plus_one"` behind it where the weight is stored minus one.
+        head_act: the activation function of an encoder's prediction head, as a path within the whole model.
+        head_gelu: where that is an exact GELU without a module, what comes before it and what comes behind.
+        clipped: the config's clip_qkv clips queries, keys and values, behind their norms where they have some.
         multiplied: the config's embedding_multiplier, residual_multiplier and logits_scaling act (Granite).
         softmax_float32: eager attention takes its softmax in float32.
         encoder, post_norm: see `ModelInfo`.
@@ -102,6 +107,9 @@ class Family:
     mlp_out: str = "mlp"
     router: str | None = None
     experts: str | None = None
+    shared_act: str | None = None
+    shared_down: str | None = None
+    shared_weight: str | None = None
     final: str | None = "norm"
     q: str | None = "self_attn.q_proj"
     k: str | None = "self_attn.k_proj"
@@ -110,6 +118,9 @@ class Family:
     fused: str | None = None
     gate_up: bool = False
     kv_heads: int | None = None
+    head_act: str | None = None
+    head_gelu: tuple[str, str] | None = None
+    clipped: bool = False
     multiplied: bool = False
     rotary: bool = True
     alibi: bool = False

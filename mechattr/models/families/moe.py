@@ -12,9 +12,14 @@ MIXTURE = Family(gate=None, up=None, act=None, down=None, router="mlp.gate", exp
 
 ROWS: dict[str, Family] = {
     "mixtral": MIXTURE,
-    "qwen2_moe": MIXTURE,
+    "qwen2_moe": replace(
+        MIXTURE,
+        shared_act="mlp.shared_expert.act_fn",
+        shared_down="mlp.shared_expert.down_proj",
+        shared_weight="mlp.shared_expert_gate",
+    ),
     "qwen3_moe": MIXTURE,
-    "olmoe": MIXTURE,
+    "olmoe": replace(MIXTURE, clipped=True),
     "gpt_oss": replace(MIXTURE, router="mlp.router", softmax_float32=False),
     "granitemoe": replace(
         MIXTURE,
