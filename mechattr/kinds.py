@@ -24,4 +24,5 @@ KINDS: dict[str, str] = {
     "routes": "mechattr.decomposition.routes:Routes",
     "undertrained": "mechattr.vocabulary.undertrained:UnderTrained",
     "tuned_lens": "mechattr.decomposition.tuned_lens:TunedLens",
+    "steering_vector": "mechattr.steering.vector:SteeringVector",
 }

@@ -183,6 +183,7 @@ class HookedHF(Running):
             "weight_hash": self._weight_hash(self.model.state_dict(), self._stored),
             "tokenizer_hash": text.tokenizer_hash(self.tokenizer),
             **hash_of(self._dictionaries),
+            **self._marked(),
         }
 
     def norm(self, name: str) -> Norm | None:
@@ -253,7 +254,7 @@ class HookedHF(Running):
                 "rows end in padding",
                 "use model.tokenize(texts, padding_side='left')",
             )
-        planned = plan_edits(edits, self._sites, self.info, batch.lengths, batch.prompt.lengths)
+        planned = plan_edits(self._edited(batch, edits), self._sites, self.info, batch.lengths, batch.prompt.lengths)
         taps = Taps(Frame.whole(batch), planned, self._dictionaries)
         taps.axes = {name: site_spec(name).axes for name in taps.names}
 

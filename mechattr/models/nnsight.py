@@ -113,7 +113,13 @@ class HookedNNsight(Traced):
         """
         self._check_checkpoint(checkpoint)
         check_asked(expand(gradients, self._sites), metric, visit)
-        arguments = {"record": record, "edits": edits, "metric": metric, "rules": rules, "start": start}
+        arguments = {
+            "record": record,
+            "edits": self._edited(batch, edits),
+            "metric": metric,
+            "rules": rules,
+            "start": start,
+        }
         tape = self._tape(batch, gradients=gradients, visited=visit is not None, **arguments)
         found: dict[str, Tensor] = {}
         if visit is not None:
@@ -137,7 +143,13 @@ class HookedNNsight(Traced):
         """One trace with its gradients, handed over later; a pass from gradients at sites is a trace of its own. The
         trace differentiates a metric, which is therefore needed."""
         self._check_checkpoint(checkpoint)
-        arguments = {"record": record, "edits": edits, "metric": metric, "rules": rules, "start": start}
+        arguments = {
+            "record": record,
+            "edits": self._edited(batch, edits),
+            "metric": metric,
+            "rules": rules,
+            "start": start,
+        }
         return self._tape(batch, gradients=gradients, visited=True, **arguments)
 
     def run_reduced(
@@ -170,7 +182,7 @@ class HookedNNsight(Traced):
             NonFiniteError: NaN or infinity in the logits.
             SettingError, UnsupportedFeatureError, BackendError: as in `run`.
         """
-        taps = self._planned(batch, record, edits, metric, gradients, rules, start)
+        taps = self._planned(batch, record, self._edited(batch, edits), metric, gradients, rules, start)
         found = self._trace(batch, taps, metric=metric, reduce=reduce)
         if metric is not None:
             check_metric(found["metric"], batch)
@@ -199,7 +211,7 @@ class HookedNNsight(Traced):
         self._check(batch)
         configured = getattr(self.model, "generation_config", None)
         ends = kwargs.pop("eos_token_id", getattr(configured, "eos_token_id", None))
-        planned = plan_edits(edits, self._sites, self.info, batch.lengths)
+        planned = plan_edits(self._edited(batch, edits), self._sites, self.info, batch.lengths)
 
         def forward(grown: Batch) -> Tensor:
             self._check(grown)

@@ -22,6 +22,7 @@ from mechattr.models.families import Family, full_sites, text_config
 from mechattr.models.norms import Norm
 from mechattr.models.rules import Rules
 from mechattr.models.sharding import check_one_process
+from mechattr.models.standing import Standing
 from mechattr.models.taps import supported
 from mechattr.sites import parse, site_spec
 
@@ -32,7 +33,7 @@ REACHED = frozenset(
 INSIDE = ("attn_scores", "pattern")  # what no fused kernel shows
 
 
-class Traced:
+class Traced(Standing):
     """A transformers model in the hands of nnsight: everything but its runs. Arguments and errors: `HookedNNsight`."""
 
     def __init__(
@@ -126,7 +127,7 @@ class Traced:
         """sha256 of weights and tokenizer; for weights on a server, their hub name and revision."""
         there = self.remote is True
         weight_hash = remotely.weight_name(self.traced) if there else self._weight_hash(self.model.state_dict())
-        return {"weight_hash": weight_hash, "tokenizer_hash": text.tokenizer_hash(self.tokenizer)}
+        return {"weight_hash": weight_hash, "tokenizer_hash": text.tokenizer_hash(self.tokenizer), **self._marked()}
 
     @property
     def device(self) -> torch.device:

@@ -116,6 +116,7 @@ class HookedPlain(Running):
             "weight_hash": self._weight_hash(self._weights),
             "tokenizer_hash": text.tokenizer_hash(self.tokenizer),
             **hash_of(self._dictionaries),
+            **self._marked(),
         }
 
     def norm(self, name: str) -> Norm | None:
@@ -153,7 +154,7 @@ class HookedPlain(Running):
         check_batch(batch, self.info, self.device)
         taps = Taps(
             Frame(batch.lengths, batch.positions, batch.positions),
-            plan_edits(edits, self._sites, self.info, batch.lengths),
+            plan_edits(self._edited(batch, edits), self._sites, self.info, batch.lengths),
             self._dictionaries,
         )
         taps.axes = {name: site_spec(name).axes for name in taps.names}

@@ -17,11 +17,12 @@ from mechattr.models.dictionary import Dictionary
 from mechattr.models.dictionary_view import with_dictionaries
 from mechattr.models.edits import Edit
 from mechattr.models.rules import Rules, check_rules, refused
+from mechattr.models.standing import Standing
 from mechattr.models.tape import Tape, execute, make_tape
 from mechattr.models.taps import Taps
 
 
-class Running(ABC):
+class Running(Standing, ABC):
     """A model whose forward pass calls the taps of a run."""
 
     info: ModelInfo
@@ -91,7 +92,7 @@ class Running(ABC):
             self.sites(),
             batch,
             record=record,
-            edits=edits,
+            edits=self._edited(batch, edits),
             metric=metric,
             gradients=gradients,
             rules=rules,
@@ -123,7 +124,7 @@ class Running(ABC):
             self.sites(),
             batch,
             record=record,
-            edits=edits,
+            edits=self._edited(batch, edits),
             metric=metric,
             gradients=gradients,
             rules=rules,

@@ -1,0 +1,136 @@
+"""Contrastive data: pairs of texts, and the activations that builders make vectors from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechattr.errors import SettingError, nearest
+from mechattr.models.base import Batch, HookedModel
+from mechattr.sites import expand, full_name, parse, site_spec
+
+POSITIONS = ("last", "mean")
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Sides:
+    """The activations of some pairs at one site, one vector a side.
+
+    Attributes:
+        site: its full name.
+        positive, negative: of each pair, in float32 or wider, flattened over heads.
+    """
+
+    site: str
+    positive: Float[Tensor, "pair d"]
+    negative: Float[Tensor, "pair d"]
+
+    @property
+    def difference(self) -> Float[Tensor, "pair d"]:
+        """Positive minus negative."""
+        return self.positive - self.negative
+
+
+def check_pairs(pairs: Any) -> list[tuple[str, str]]:
+    """Pairs of texts (positive, negative).
+
+    Raises:
+        SettingError: no pairs, something else than two texts, an empty text, or a pair of equal texts.
+    """
+    given = list(pairs) if not isinstance(pairs, str) else []
+    if not given:
+        raise SettingError("pairs", "none", "give (positive text, negative text) pairs")
+    for i, pair in enumerate(given):
+        two = isinstance(pair, Sequence) and not isinstance(pair, str) and len(pair) == 2
+        if not two or not all(isinstance(text, str) and text for text in pair):
+            raise SettingError(f"pair {i}", f"{pair!r:.80}", "give two texts that are not empty: (positive, negative)")
+        if pair[0] == pair[1]:
+            raise SettingError(f"pair {i}", f"two equal texts: {pair[0]!r:.60}", "texts must differ in the behaviour")
+    return [(pair[0], pair[1]) for pair in given]
+
+
+def chosen_sites(model: HookedModel, layers: Sequence[int] | None, sites: str | Sequence[str] | None) -> list[str]:
+    """Full site names: `resid_post` of some layers, or sites by name.
+
+    Raises:
+        SettingError: both or neither, a layer that does not exist, or a site whose vectors cannot be added to.
+        UnknownSiteError: a site that the model does not have.
+    """
+    if (layers is None) == (sites is None):
+        raise SettingError(
+            "where to steer", "layers and sites" * (layers is not None), "give layers= or sites=, not both"
+        )
+    if layers is not None:
+        n = model.info.n_layers
+        given = [layers] if isinstance(layers, int) else list(layers)
+        wrong = [layer for layer in given if isinstance(layer, bool) or layer not in range(n)]
+        if wrong or not given:
+            found = f"a model with layers 0 to {n - 1}"
+            raise SettingError(f"layers={given}", found, "name existing layers")
+        return [full_name("resid_post", layer) for layer in dict.fromkeys(given)]
+    names = list(dict.fromkeys(expand(sites or (), model.sites())))
+    for name in names:
+        axes = site_spec(name).axes
+        if axes[:2] != ("batch", "pos") or len(axes) < 3:
+            found = f"axes {', '.join(axes)}"
+            raise SettingError(
+                f"steering at {name}", found, "use sites with a vector at each position, such as resid_post"
+            )
+    return names
+
+
+def sides(
+    model: HookedModel,
+    pairs: Sequence[tuple[str, str]],
+    sites: Sequence[str],
+    *,
+    positions: str | int = "last",
+    batch_size: int = 16,
+) -> Iterator[list[Sides]]:
+    """The activations of pairs, some pairs at a time, at every site.
+
+    Args:
+        model: a hooked model.
+        pairs: (positive, negative) texts.
+        sites: full names.
+        positions: `"last"` token, the `"mean"` over all tokens, or one position (negative: from the end).
+        batch_size: pairs of one forward pass.
+
+    Raises:
+        SettingError: no such positions, or one that a text does not have.
+
+    Cost:
+        2 forward passes a pair.
+    """
+    if isinstance(positions, bool) or (not isinstance(positions, int) and positions not in POSITIONS):
+        raise SettingError(f"positions={positions!r}", "no such place", nearest(str(positions), POSITIONS))
+    for begin in range(0, len(pairs), batch_size):
+        part = pairs[begin : begin + batch_size]
+        batch = model.tokenize([text for side in range(2) for text in (pair[side] for pair in part)])
+        cache = model.run(batch, record=sites).activations
+        found = []
+        for site in sites:
+            picked = _picked(cache[site].values, batch, positions).flatten(1)
+            found.append(Sides(site, *picked.split(len(part))))
+        yield found
+
+
+def shape_at(model: HookedModel, site: str) -> tuple[int, ...]:
+    """The shape of a direction at a site."""
+    sizes = model.info.sizes_at(parse(site)[0])
+    return tuple(sizes[axis] for axis in site_spec(site).axes[2:])
+
+
+def _picked(x: Float[Tensor, "row pos ..."], batch: Batch, positions: str | int) -> Tensor:
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    if positions == "mean":
+        mask = batch.mask.reshape(*batch.mask.shape, *([1] * (x.ndim - 2)))
+        counts = batch.lengths.reshape(-1, *([1] * (x.ndim - 2)))
+        return x.masked_fill(~mask, 0).sum(1) / counts
+    columns = batch.columns(-1 if positions == "last" else int(positions))
+    return x[torch.arange(len(x), device=x.device), columns]

@@ -1,0 +1,160 @@
+"""Steering vectors: directions at sites of one model, with how they were made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechattr.base import Artifact
+from mechattr.errors import MismatchError, SettingError
+from mechattr.labelled import Labelled
+from mechattr.provenance import JSON
+from mechattr.sites import parse, site_spec
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from mechattr.steering.operators import Operation
+
+
+class SteeringVector(Artifact):
+    """One direction a site: `tensors` maps full site names to [d_model], or [head, d_head] at sites of heads.
+
+    `settings` says how they were made, and has the mean length of the activations that they were made from
+    (`"lengths"`, by site). Vectors of equal sites can be added, subtracted, negated and multiplied by numbers.
+    """
+
+    kind: ClassVar[str] = "steering_vector"
+
+    @classmethod
+    def of(
+        cls,
+        tensors: Mapping[str, Tensor],
+        *,
+        settings: Mapping[str, JSON] | None = None,
+        provenance: Mapping[str, JSON] | None = None,
+    ) -> Self:
+        """A vector from plain tensors by full site name.
+
+        Raises:
+            UnknownSiteError: no such site.
+            SettingError: no tensors, or one that is not finite.
+            AxisError: a tensor with other axes than its site has behind batch and position.
+        """
+        if not tensors:
+            raise SettingError("a steering vector", "no tensors", "give a direction for at least one site")
+        labelled = {}
+        for name, tensor in tensors.items():
+            if not bool(torch.isfinite(tensor).all()):
+                raise SettingError(f"a direction at {name}", "NaN or infinity", "look at the data it was made from")
+            labelled[name] = Labelled(tensor.detach().clone(), axes_of(name))
+        return cls(labelled, settings=settings or {}, provenance=provenance or {})
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The full names of its sites."""
+        return tuple(self.tensors)
+
+    @property
+    def directions(self) -> dict[int, Float[Tensor, " d_model"]]:
+        """The directions at `resid_post`, by layer."""
+        found = ((parse(name), table.values) for name, table in self.tensors.items())
+        return {layer: x for (short, layer), x in found if short == "resid_post" and layer is not None}
+
+    def apply(
+        self,
+        model: Any,
+        multiplier: float | Sequence[float] | Tensor = 1.0,
+        positions: str | Sequence[int] | Tensor = "all",
+        operator: str | Operation = "add",
+        gate: Any = None,
+    ) -> AbstractContextManager[Any]:
+        """Steers every run and generation inside a `with` block; see `mechattr.steering.apply`."""
+        from mechattr.steering.apply import apply
+
+        return apply(self, model, multiplier, positions, operator, gate)
+
+    def only(self, sites: Sequence[str]) -> Self:
+        """The same vector at some of its sites.
+
+        Raises:
+            SettingError: a site that it does not have.
+        """
+        missing = [name for name in sites if name not in self.tensors]
+        if missing or not sites:
+            found = f"a vector at {', '.join(self.sites)}"
+            raise SettingError(f"the direction at {missing[0] if missing else 'no site'}", found, "name some of these")
+        return self._with({name: self.tensors[name].values for name in sites})
+
+    def normalised(self) -> Self:
+        """The same directions at length 1; directions of length 0 stay."""
+        return self._each(lambda x: x / x.norm().clamp(min=torch.finfo(x.dtype).tiny))
+
+    def norms(self) -> dict[str, float]:
+        """The length of the direction at each site."""
+        return {name: float(table.values.norm()) for name, table in self.tensors.items()}
+
+    def cosine(self, other: SteeringVector) -> dict[str, float]:
+        """The cosine with another vector at each site that both have.
+
+        Raises:
+            MismatchError: no such site.
+        """
+        shared = [name for name in self.tensors if name in other.tensors]
+        if not shared:
+            found = f"{', '.join(self.sites)} and {', '.join(other.sites)}"
+            raise MismatchError("the cosine of two steering vectors", found, "compare vectors at the same sites")
+        pairs = {n: (self.tensors[n].values.double(), other.tensors[n].values.double()) for n in shared}
+        return {name: float((a * b).sum() / (a.norm() * b.norm())) for name, (a, b) in pairs.items()}
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Columns site, norm, length (of the activations), share (norm over length)."""
+        import pandas as pd
+
+        lengths: Any = self.settings.get("lengths") or {}
+        rows = [
+            {"site": n, "norm": norm, "length": lengths.get(n), "share": norm / lengths[n] if lengths.get(n) else None}
+            for n, norm in self.norms().items()
+        ]
+        return pd.DataFrame(rows)
+
+    def __add__(self, other: SteeringVector) -> Self:
+        return self._both(other, torch.add)
+
+    def __sub__(self, other: SteeringVector) -> Self:
+        return self._both(other, torch.sub)
+
+    def __mul__(self, factor: float) -> Self:
+        return self._each(lambda x: x * factor)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> Self:
+        return self._each(lambda x: x / divisor)
+
+    def __neg__(self) -> Self:
+        return self._each(torch.neg)
+
+    def _each(self, function: Callable[[Tensor], Tensor]) -> Self:
+        return self._with({name: function(table.values) for name, table in self.tensors.items()})
+
+    def _both(self, other: SteeringVector, function: Callable[[Tensor, Tensor], Tensor]) -> Self:
+        if not isinstance(other, SteeringVector) or set(self.tensors) != set(other.tensors):
+            found = f"{', '.join(self.sites)} and {', '.join(getattr(other, 'sites', ('no vector',)))}"
+            raise MismatchError("arithmetic of steering vectors", found, "use vectors at the same sites: .only([...])")
+        if self.provenance.get("weight_hash") != other.provenance.get("weight_hash"):
+            raise MismatchError("arithmetic of steering vectors", "vectors of two models", "use vectors of one model")
+        return self._with({n: function(t.values, other.tensors[n].values) for n, t in self.tensors.items()})
+
+    def _with(self, tensors: Mapping[str, Tensor]) -> Self:
+        return type(self).of(tensors, settings=self.settings, provenance=self.provenance)
+
+
+def axes_of(site: str) -> tuple[str, ...]:
+    """The axes of a direction at a site: those behind batch and position."""
+    return site_spec(site).axes[2:]

@@ -1,0 +1,224 @@
+"""Steering where it should be and nowhere else: against runs with edits, loops by hand, and formulas."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import families
+import pytest
+import torch
+from patching_cases import plain
+
+from mechattr.errors import MismatchError, SettingError
+from mechattr.models import Batch
+from mechattr.models.edits import Edit
+from mechattr.models.operators import Add
+from mechattr.sites import full_name
+from mechattr.steering import OPERATORS, SteeringVector
+from mechattr.steering.operators import ablate, angular, clamp, norm_preserving
+
+FAMILIES = ("gpt2", "llama", "gemma2", "qwen3")
+SITE = full_name("resid_post", 1)
+PLACES: dict[str, Any] = {
+    "all": "all", "prompt": "prompt", "generated": "generated", "last": "last", "numbers": [2, 8],
+}  # fmt: skip
+
+
+def vector(model: Any, seed: int = 0, site: str = SITE, size: float = 4.0) -> SteeringVector:
+    v = torch.randn(model.info.d_model, generator=torch.Generator().manual_seed(seed))
+    return SteeringVector.of({site: size * v})
+
+
+def steered_at(positions: Any, lengths: torch.Tensor, n: int) -> list[list[int]]:
+    """The positions of each row that are steered, by definition."""
+    found = []
+    for length in lengths.tolist():
+        every = range(length + n)
+        where = {"all": every, "prompt": range(length), "generated": range(length, length + n), "last": [length - 1]}
+        found.append(list(where[positions]) if isinstance(positions, str) else [p for p in positions if p < length + n])
+    return found
+
+
+def by_hand(
+    model: Any, batch: Batch, v: torch.Tensor, positions: Any, steps: int, factors: list[float]
+) -> torch.Tensor:
+    """Greedy continuation without a cache, each step a run with an edit at exactly the positions that are steered."""
+    tokens = [batch.tokens[i, batch.mask[i]].tolist() for i in range(len(batch))]
+    for step in range(steps):
+        for i, row in enumerate(tokens):
+            at = [p for p in steered_at(positions, batch.lengths, step)[i] if p < len(row)]
+            edits = [Edit(SITE, Add(factors[i] * v), positions=at)] if at else []
+            row.append(int(model.run(Batch.of(torch.tensor([row])), edits=edits).logits[0, -1].argmax()))
+    return torch.tensor([row[-steps:] for row in tokens])
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cached_generation_is_uncached_and_a_loop_by_hand(family: str, place: str) -> None:
+    model, steps = families.hooked(family), 4
+    v, factors = vector(model), [1.0, -0.5, 2.0]
+    batch = families.ragged("left")
+    expected = by_hand(model, batch, v.tensors[SITE].values, PLACES[place], steps, factors)
+    for settings in ({}, {"use_cache": False}):
+        with v.apply(model, factors, positions=PLACES[place]):
+            found = model.generate(batch, max_new_tokens=steps, min_new_tokens=steps, do_sample=False, **settings)
+        assert torch.equal(found.tokens[:, -steps:], expected)
+    if place == "all":  # the control: what is not steered says something else
+        assert not torch.equal(
+            model.generate(batch, max_new_tokens=steps, do_sample=False).tokens[:, -steps:], expected
+        )
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_model_of_the_user_is_steered_as_the_hooked_one(place: str) -> None:
+    for family in FAMILIES:
+        model = families.hooked(family)
+        v, torch_model = vector(model), model.model
+        batch = families.ragged("left")
+        given = {"attention_mask": batch.mask.long(), "max_new_tokens": 4, "pad_token_id": 2}
+        for settings in (
+            {"do_sample": False},
+            {"num_beams": 3, "do_sample": False},
+            {"do_sample": False, "use_cache": False},
+        ):
+            with v.apply(model, 1.5, positions=PLACES[place]):
+                expected = model.generate(batch, max_new_tokens=4, **settings).tokens
+            before = torch_model.__dict__.get("generate")
+            with v.apply(torch_model, 1.5, positions=PLACES[place]):
+                found = torch_model.generate(batch.tokens, **given, **settings)
+            assert torch.equal(found, expected) and torch_model.__dict__.get("generate") is before
+
+
+def test_a_run_is_steered_as_by_an_edit_and_nothing_stays() -> None:
+    for model in (plain("gpt2_like"), families.hooked("llama")):
+        batch = Batch.of(families.ragged().tokens % model.info.d_vocab, families.ragged().mask)
+        v = vector(model)
+        clean = model.run(batch).logits
+        edited = model.run(batch, edits=[Edit(SITE, Add(2 * v.tensors[SITE].values))]).logits
+        fingerprint = model.fingerprint()
+        with v.apply(model, 2.0):
+            torch.testing.assert_close(model.run(batch).logits, edited, rtol=0, atol=1e-4)  # float32 sums
+            assert model.fingerprint() != fingerprint
+            with v.apply(model, -2.0):
+                torch.testing.assert_close(model.run(batch).logits, clean, rtol=0, atol=1e-3)
+        with pytest.raises(RuntimeError, match="mine"), v.apply(model):
+            raise RuntimeError("mine")
+        assert torch.equal(model.run(batch).logits, clean) and model.fingerprint() == fingerprint
+        with v.apply(model, 0.0):
+            assert torch.equal(model.run(batch).logits, clean)  # bit for bit
+
+
+def test_rows_have_multipliers_of_their_own_and_masks_say_where() -> None:
+    model = plain("gpt2_like")
+    batch = Batch.of(families.ragged("left").tokens % model.info.d_vocab, families.ragged("left").mask)
+    v = vector(model)
+    with v.apply(model, [0.0, 1.0, -2.0]):
+        together = model.run(batch).logits
+    for row, factor in enumerate((0.0, 1.0, -2.0)):
+        with v.apply(model, factor):
+            torch.testing.assert_close(together[row], model.run(batch).logits[row], rtol=0, atol=1e-12)
+    mask = torch.zeros_like(batch.mask)
+    mask[0, 3] = mask[2, -1] = mask[1, 0] = True  # the last is padding
+    with v.apply(model, positions=mask):
+        found = model.run(batch).logits
+    expected = model.run(
+        batch,
+        edits=[
+            Edit(SITE, Add(v.tensors[SITE].values), positions=[int(batch.positions[0, 3])], rows=[0]),
+            Edit(SITE, Add(v.tensors[SITE].values), positions=[-1], rows=[2]),
+        ],
+    ).logits
+    torch.testing.assert_close(found[batch.mask], expected[batch.mask], rtol=0, atol=1e-12)  # float64
+    with v.apply(model, [1.0, 2.0]), pytest.raises(SettingError, match="2 multipliers\n  found: a batch of 3 rows"):
+        model.run(batch)
+    with v.apply(model, positions=mask[:, :2]), pytest.raises(SettingError, match="a mask of positions of shape"):
+        model.run(batch)
+
+
+def test_heads_are_steered_one_by_one() -> None:
+    model = plain("gpt2_like")
+    batch = Batch.of(families.tokens() % model.info.d_vocab)
+    site = full_name("z", 0)
+    tensor = torch.zeros(model.info.n_heads, model.info.d_head)
+    tensor[1] = 3.0
+    with SteeringVector.of({site: tensor}).apply(model, operator="ablate_then_add"):
+        found = model.run(batch, record=site)
+    clean = model.run(batch, record=site).activations[site].values
+    x, u = clean[:, :, 1], torch.full((model.info.d_head,), model.info.d_head**-0.5, dtype=torch.float64)
+    expected = clean.clone()
+    expected[:, :, 1] = x - (x @ u)[..., None] * u + 3.0
+    torch.testing.assert_close(found.activations[site].values, expected, rtol=0, atol=1e-12)  # float64
+
+
+def test_operators_are_their_formulas() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, v = torch.randn(2, 5, 7, generator=generator, dtype=torch.float64), torch.randn(7, generator=generator).double()
+    m = torch.tensor([0.5, -2.0], dtype=torch.float64).reshape(2, 1, 1)
+    close = {"rtol": 0, "atol": 1e-12}  # float64
+    torch.testing.assert_close(norm_preserving(x, v, m).norm(dim=-1), x.norm(dim=-1), **close)
+    gone = ablate(x, v, m)
+    torch.testing.assert_close(gone @ v, torch.zeros(2, 5, dtype=torch.float64), **close)
+    torch.testing.assert_close(ablate(gone, v, m), gone, **close)
+    wanted = (m[..., 0] * v.norm()).expand(2, 5)
+    torch.testing.assert_close(clamp(x, v, m) @ (v / v.norm()), wanted, **close)
+    turned = angular(x, v, torch.ones_like(m))
+    torch.testing.assert_close(turned / turned.norm(dim=-1, keepdim=True), (v / v.norm()).expand_as(x), **close)
+    torch.testing.assert_close(angular(x, v, m).norm(dim=-1), x.norm(dim=-1), **close)
+    zero = torch.zeros_like(m)
+    for name in ("add", "norm_preserving", "angular"):
+        assert torch.equal(OPERATORS[name](x, v, zero), x), name
+
+
+def test_ablation_is_orthogonal_weights() -> None:
+    """Everything that writes along the direction, made orthogonal to it, is ablation at every place of the stream."""
+    model = plain("gpt2_like")
+    batch = Batch.of(families.tokens() % model.info.d_vocab)
+    u = vector(model).tensors[SITE].values.double()
+    u = u / u.norm()
+    weights = dict(model._weights)
+    for name in weights:
+        if name.endswith(("W_O", "W_out", "b_O", "b_out", "W_E", "W_pos")):
+            weights[name] = weights[name] - (weights[name] @ u)[..., None] * u
+    other = type(model)(model.config, weights)
+    everywhere = [full_name(s, n) for s in ("resid_pre", "resid_mid", "resid_post") for n in range(model.info.n_layers)]
+    with SteeringVector.of(dict.fromkeys(everywhere, u)).apply(model, operator="ablate"):
+        torch.testing.assert_close(model.run(batch).logits, other.run(batch).logits, rtol=0, atol=1e-10)  # float64
+
+
+def test_vectors_are_added_and_compared() -> None:
+    model = plain("gpt2_like")
+    a, b = vector(model), vector(model, 1)
+    values = [v.tensors[SITE].values for v in (a, b, a + b, a - b, -a, 2 * a, a / 4)]
+    torch.testing.assert_close(values[2], values[0] + values[1])
+    torch.testing.assert_close(values[3], values[0] - values[1])
+    assert torch.equal(values[4], -values[0]) and torch.equal(values[5], 2 * values[0])
+    assert torch.equal(values[6], values[0] / 4) and a.cosine(-a)[SITE] == pytest.approx(-1)
+    assert torch.equal(a.directions[1], values[0]) and a.normalised().norms()[SITE] == pytest.approx(1)
+    with pytest.raises(MismatchError, match="vectors at the same sites"):
+        a + vector(model, site=full_name("resid_post", 0))
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    model = plain("gpt2_like")
+    v = vector(model)
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"operator": "addd"}, "operator='addd'\n  found: no such operator\n  fix: did you mean 'add'"),
+        ({"positions": "promt"}, "did you mean 'prompt'"),
+        ({"multiplier": float("nan")}, "multiplier=nan"),
+        ({"gate": 1}, "steering has no gates yet"),
+    ]
+    for settings, text in cases:
+        with pytest.raises(SettingError, match=text), v.apply(model, **settings):
+            pass
+    with (
+        pytest.raises(MismatchError, match=r"a direction of shape \[3\]"),
+        SteeringVector.of({SITE: torch.ones(3)}).apply(model),
+    ):
+        pass
+    far = SteeringVector.of({full_name("resid_post", 9): torch.ones(model.info.d_model)})
+    with pytest.raises(MismatchError, match="has no such site"), far.apply(model):
+        pass
+    with pytest.raises(SettingError, match="a model to steer\n  found: a int"), v.apply(3):
+        pass
+    with pytest.raises(SettingError, match="NaN or infinity"):
+        SteeringVector.of({SITE: torch.tensor([1.0, float("nan")])})

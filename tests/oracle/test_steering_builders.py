@@ -1,0 +1,139 @@
+"""Builders of steering vectors on a network in which the direction is planted, and against their formulas."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from letters_model import Letters
+from patching_cases import plain
+
+import mechattr as ma
+from mechattr.engines.moments import Moments
+from mechattr.errors import SettingError
+from mechattr.models.plain import plain_model
+from mechattr.models.plain_config import PlainConfig
+from mechattr.sites import full_name
+from mechattr.steering import SteeringVector, mass_mean, mean_difference, pca
+from mechattr.steering.data import sides
+
+WORDS = "abcdefgh"
+LAYER, SITE = 0, full_name("resid_post", 0)
+
+
+def planted(strength: float = 40.0) -> tuple[Any, torch.Tensor, list[tuple[str, str]]]:
+    """A network in which the letter `i` differs from `j` along one direction of the embedding, and pairs of texts that
+    end in them."""
+    model = plain_model(PlainConfig.attention_only(n_layers=1, d_vocab=12, d_model=32, n_ctx=12), tokenizer=Letters())
+    generator = torch.Generator().manual_seed(3)
+    direction = torch.randn(32, generator=generator, dtype=torch.float64)
+    direction /= direction.norm()
+    weights = {name: 0.02 * x if "attn" in name else x.clone() for name, x in model._weights.items()}
+    weights["embed.W_E"][8] = weights["embed.W_E"][9] + strength * direction  # i = j + direction
+    texts = ["".join(WORDS[(3 * i + k * (i % 5 + 1)) % 8] for k in range(4 + i % 3)) for i in range(24)]
+    return type(model)(model.config, weights, tokenizer=Letters()), direction, [(t + "i", t + "j") for t in texts]
+
+
+BUILDERS = {
+    "mean_difference": (mean_difference, {}),
+    "mass_mean": (mass_mean, {"ridge": 10.0}),
+    "pca": (pca, {}),
+    "pca pair_centred": (pca, {"variant": "pair_centred"}),
+}
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_a_planted_direction_is_found_and_turned_around(name: str) -> None:
+    model, direction, pairs = planted()
+    build, settings = BUILDERS[name]
+    v = build(model, pairs, layers=[LAYER], **settings)
+    cosine = float(torch.nn.functional.cosine_similarity(v.directions[LAYER].double(), direction, dim=0))
+    assert cosine > 0.99
+    turned = build(model, [(b, a) for a, b in pairs], layers=[LAYER], **settings)
+    torch.testing.assert_close(turned.directions[LAYER], -v.directions[LAYER], rtol=0, atol=1e-4)  # float32 results
+    assert v.settings["n_pairs"] == 24 and v.settings["method"] == name.split()[0]
+
+
+def test_centred_components_lose_what_all_pairs_share() -> None:
+    """The control: principal components of centred differences."""
+    model, direction, pairs = planted()
+    v = pca(model, pairs, layers=[LAYER], variant="centred").directions[LAYER].double()
+    assert abs(float(torch.nn.functional.cosine_similarity(v, direction, dim=0))) < 0.9
+
+
+@pytest.mark.parametrize("positions", ["last", "mean", 2])
+def test_vectors_are_their_formulas_whatever_the_batches(positions: Any) -> None:
+    model, _, pairs = planted()
+    found = mean_difference(model, pairs, sites=["resid_post", "z"], positions=positions, batch_size=5)
+    assert set(found.sites) == {SITE, full_name("z", 0)}
+    total: dict[str, Any] = dict.fromkeys(found.sites, 0.0)
+    for positive, negative in pairs:
+        for sign, text in ((1, positive), (-1, negative)):
+            cache = model.run(model.tokenize(text), record=found.sites).activations
+            for name in found.sites:
+                x = cache[name].values[0]
+                x = x.mean(0) if positions == "mean" else x[-1 if positions == "last" else positions]
+                total[name] = total[name] + sign * x / len(pairs)
+    for name, expected in total.items():
+        torch.testing.assert_close(found.tensors[name].values.double(), expected, rtol=1e-5, atol=1e-6)  # float32
+    (every,) = sides(model, pairs, [SITE], positions=positions, batch_size=100)
+    d = every[0].difference
+    first = torch.linalg.svd(d, full_matrices=False).Vh[0]
+    if positions == "last":
+        v = pca(model, pairs, layers=[0]).directions[0].double()
+        torch.testing.assert_close(v, first * (first @ d.mean(0)), rtol=1e-5, atol=1e-5)
+        within = (torch.cov(every[0].positive.T, correction=0) + torch.cov(every[0].negative.T, correction=0)) / 2
+        penalty = 0.5 * within.diagonal().mean()
+        w = torch.linalg.solve(within + penalty * torch.eye(len(within)), d.mean(0))
+        found_w = mass_mean(model, pairs, layers=[0], ridge=0.5).directions[0].double()
+        torch.testing.assert_close(found_w, w * d.mean(0).norm() / w.norm(), rtol=1e-5, atol=1e-5)
+
+
+def test_moments_are_those_of_everything_at_once() -> None:
+    x = torch.randn(50, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 5
+    m = Moments(6)
+    for part in (x[:1], x[1:1], x[1:30], x[30:]):
+        m.add(part)
+    close = {"rtol": 0, "atol": 1e-12}  # float64 sums of 50 products
+    torch.testing.assert_close(m.mean, x.mean(0), **close)
+    torch.testing.assert_close(m.covariance, torch.cov(x.T, correction=0), **close)
+    torch.testing.assert_close(m.uncentred, x.T @ x / 50, **close)
+    halves = Moments(6)
+    halves.mean = (x[:10].mean(0) + x[10:].mean(0)) / 2  # the control: means of unequal parts
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(halves.mean, x.mean(0), **close)
+
+
+def test_vectors_are_stored_with_what_made_them(tmp_path: Path) -> None:
+    model, _, pairs = planted()
+    v = mean_difference(model, pairs, layers=[0])
+    v.save(tmp_path / "v")
+    again = ma.open(tmp_path / "v")
+    assert isinstance(again, SteeringVector) and again.settings == v.settings
+    assert torch.equal(again.directions[0], v.directions[0])
+    assert again.provenance["weight_hash"] == model.fingerprint()["weight_hash"]
+    row = v.to_pandas().iloc[0]
+    assert row["site"] == SITE and row["share"] == pytest.approx(row["norm"] / row["length"])
+
+
+def test_wrong_data_is_refused() -> None:
+    model, _, pairs = planted()
+    cases: list[tuple[Any, dict[str, Any], str]] = [
+        ([], {"layers": [0]}, "pairs\n  found: none"),
+        ([("a", "a")], {"layers": [0]}, "pair 0\n  found: two equal texts"),
+        ([("a", "")], {"layers": [0]}, "pair 0"),
+        (pairs, {}, "give layers= or sites=, not both"),
+        (pairs, {"layers": [7]}, r"layers=\[7\]\n  found: a model with layers 0 to 0"),
+        (pairs, {"layers": [0], "positions": "lats"}, "did you mean 'last'"),
+        (pairs, {"sites": "pattern"}, "steering at blocks.0.attn.hook_pattern"),
+    ]
+    for given, settings, text in cases:
+        with pytest.raises(SettingError, match=text):
+            mean_difference(model, given, **settings)
+    with pytest.raises(SettingError, match="variant='pcaa'"):
+        pca(model, pairs, layers=[0], variant="pcaa")
+    with pytest.raises(SettingError, match="ridge=0"):
+        mass_mean(model, pairs, layers=[0], ridge=0)
+    assert plain("gpt2_like").tokenizer is None
