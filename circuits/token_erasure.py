@@ -51,7 +51,7 @@ def main() -> None:
     print(_shown(table).to_string(), "\n")
     early, layers = 0, range(1, model.info.n_layers)
     print(f"accuracy lost from the first block to a later one, offset -1 (share of tokens; first block: {early})")
-    for group in erasure.accuracy.GROUPS[1:]:
+    for group in ("multi", "single"):
         lost = [(layer, *result.drop(group, -1, early, layer)) for layer in layers]
         print(f"  {group:6}", "; ".join(f"block {n}: {x:+.3f} ({a:+.3f} to {b:+.3f})" for n, x, a, b in lost))
     words = erasure.read_out(model, fresh, probes=probes, window=window)
@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def _shown(table: pd.DataFrame) -> pd.DataFrame:
-    top = table[(table["best"] == 1) & (table["group"] != "all")].copy()
+    top = table[(table["best"] == 1) & (table["group"].isin(["multi", "single", "ngram"]))].copy()
     top["cell"] = [
         f"{a:.3f} ({b:.3f}-{c:.3f})" for a, b, c in zip(top["accuracy"], top["low"], top["high"], strict=True)
     ]

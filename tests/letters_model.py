@@ -17,13 +17,15 @@ T = torch.float64
 
 
 class Letters:
-    """A tokenizer of single letters, `a` being token 0; the first token of a text is always the same."""
+    """A tokenizer of single letters, `a` being token 0; the first token of a text is always `bos`, if there is one."""
 
     pad_token_id, eos_token_id, bos_token, is_fast = 0, 0, None, True
-    all_special_ids = (BOS,)
+
+    def __init__(self, bos: int | None = BOS) -> None:
+        self.all_special_ids = () if bos is None else (bos,)
 
     def __call__(self, text: str, add_special_tokens: bool = True, **asked: Any) -> dict[str, Any]:
-        first = [BOS] if add_special_tokens else []
+        first = list(self.all_special_ids) if add_special_tokens else []
         found: dict[str, Any] = {"input_ids": first + [ord(c) - 97 for c in text]}
         if asked.get("return_offsets_mapping"):
             found["offset_mapping"] = [(0, 0)] * len(first) + [(i, i + 1) for i in range(len(text))]
@@ -39,9 +41,9 @@ class Letters:
         return {chr(97 + i): i for i in range(V)}
 
 
-def copying(*, forgetting: bool = False) -> HookedPlain:
+def copying(*, forgetting: bool = False, first: bool = True) -> HookedPlain:
     """The first block brings the previous token, so that the state at t says x_t and x_{t-1}; where a second one
-    forgets, it takes both away at the letters of `FORGOTTEN`."""
+    forgets, it takes both away at the letters of `FORGOTTEN`. `first`: whether texts begin with a special token."""
     positions = N + 1
     c = PlainConfig.attention_only(
         n_layers=1 + forgetting, n_heads=1, n_kv_heads=1, d_model=2 * V + positions, d_head=2 * V, d_vocab=V,
@@ -65,7 +67,7 @@ def copying(*, forgetting: bool = False) -> HookedPlain:
         both[BOS, BOS] = both[V + BOS, V + BOS] = 0.0
         weights["blocks.1.attn.W_V"][0, : 2 * V] = both
         weights["blocks.1.attn.W_O"][0, :, : 2 * V] = -both
-    return plain_model(c, weights, tokenizer=Letters())
+    return plain_model(c, weights, tokenizer=Letters(BOS if first else None))
 
 
 def texts(n: int = 80, seed: int = 0, length: tuple[int, int] = (4, N)) -> list[str]:

@@ -87,13 +87,14 @@ def segments_html(
     parts = []
     for first, last, score in segments:
         pieces = [html.escape(spell(token)) for token in tokens[first : last + 1]]
+        about = f"{unit} = {score:.3f}" if math.isfinite(score) else f"{unit} is not defined"
         if last == first:
-            parts.append(f'<span style="margin:0 1px" title="{unit} = {score:.3f}">{pieces[0]}</span>')
+            parts.append(f'<span style="margin:0 1px" title="{about}">{pieces[0]}</span>')
         else:
             rgba = cmap(scale(score)) if math.isfinite(score) else (1.0, 1.0, 1.0, 1.0)
             inner = pieces[0] + "".join(f'<span style="{_PIECE}">{piece}</span>' for piece in pieces[1:])
             look = f"background:{to_hex(rgba)};color:{ink_on(rgba)};{_BOX}"
-            parts.append(f'<span style="{look}" title="{unit} = {score:.3f}">{inner}</span>')
+            parts.append(f'<span style="{look}" title="{about}">{inner}</span>')
         if any("\n" in token for token in tokens[first : last + 1]):
             parts.append("<br>")
     return f'<div style="{_LINE}">{"".join(parts)}</div>'

@@ -8,26 +8,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-CHUNK = 8192  # labels whose logits are held at once
+LOGITS = 2**24  # logits of all probes and states together that are held at once
 
 
-def chunks(n_labels: int, chunk: int = CHUNK) -> Iterator[slice]:
-    """The labels, so many at once."""
+def chunks(n_labels: int, states: Float[Tensor, "probe n d"], chunk: int | None = None) -> Iterator[slice]:
+    """The labels, so many at once: `chunk`, or as many as `LOGITS` allows."""
+    chunk = chunk or max(1, LOGITS // max(1, states.shape[0] * states.shape[1]))
     for begin in range(0, n_labels, chunk):
         yield slice(begin, min(begin + chunk, n_labels))
 
 
 def log_normaliser(
-    weights: Float[Tensor, "probe vocab d"], states: Float[Tensor, "probe n d"], *, chunk: int = CHUNK
+    weights: Float[Tensor, "probe vocab d"], states: Float[Tensor, "probe n d"], *, chunk: int | None = None
 ) -> Float[Tensor, "probe n"]:
     """log sum_y exp(w_y . h), with one chunk of logits in memory."""
     total = states.new_full(states.shape[:2], -torch.inf)
-    for part in chunks(weights.shape[1], chunk):
+    for part in chunks(weights.shape[1], states, chunk):
         total = torch.logaddexp(total, torch.logsumexp(states @ weights[:, part].mT, -1))
     return total
 
@@ -37,7 +39,7 @@ def log_probabilities(
     states: Float[Tensor, "probe n d"],
     labels: Int[Tensor, "probe n"],
     *,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> Float[Tensor, "probe n"]:
     """log P(label | state) of one label a state: its own row of the weights, and the chunked normaliser."""
     return own_logits(weights, states, labels) - log_normaliser(weights, states, chunk=chunk)
@@ -48,12 +50,12 @@ def ranks(
     states: Float[Tensor, "probe n d"],
     labels: Int[Tensor, "probe n"],
     *,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> Int[Tensor, "probe n"]:
     """How many labels have a larger logit than the right one, or an equal one and a smaller id: 0 is top-1."""
     own = own_logits(weights, states, labels)
     found = torch.zeros_like(labels)
-    for part in chunks(weights.shape[1], chunk):
+    for part in chunks(weights.shape[1], states, chunk):
         logits = states @ weights[:, part].mT
         ids = torch.arange(part.start, part.stop, device=labels.device)
         ahead = (logits > own[..., None]) | ((logits == own[..., None]) & (ids < labels[..., None]))
@@ -75,7 +77,7 @@ def cross_entropy_gradient(
     labels: Int[Tensor, "probe n"],
     kept: Float[Tensor, "probe n"],
     *,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> tuple[Float[Tensor, " probe"], Float[Tensor, "probe vocab d"]]:
     """The weighted mean of -log P(label | state) of each probe, and its gradient (P - Y)' H, a chunk of labels at a
     time.
@@ -85,13 +87,13 @@ def cross_entropy_gradient(
         states: inputs.
         labels: one a state.
         kept: the weight of each state, 0 where a probe has no label; those of a probe sum to 1, or all are 0.
-        chunk: labels at once.
+        chunk: labels at once; as many as `LOGITS` allows without it.
     """
     normaliser = log_normaliser(weights, states, chunk=chunk)
     loss = (kept * (normaliser - own_logits(weights, states, labels))).sum(-1)
     gradient = torch.empty_like(weights)
     weighted = states * kept[..., None]
-    for part in chunks(weights.shape[1], chunk):
+    for part in chunks(weights.shape[1], states, chunk):
         probability = torch.exp(states @ weights[:, part].mT - normaliser[..., None])
         gradient[:, part] = probability.mT @ weighted
     probe = torch.arange(len(weights), device=weights.device)[:, None].expand_as(labels)
@@ -116,9 +118,10 @@ class Ridge:
         self.count = self.gram.new_zeros(len(self.gram))
 
     @classmethod
-    def empty(cls, n_probes: int, n_labels: int, d: int, *, dtype: torch.dtype = torch.float64) -> Ridge:
-        """Nothing seen yet."""
-        return cls(torch.zeros(n_probes, d, d, dtype=dtype), torch.zeros(n_probes, n_labels, d, dtype=dtype))
+    def empty(cls, n_probes: int, n_labels: int, d: int, *, device: torch.device | str = "cpu") -> Ridge:
+        """Nothing seen yet; sums are in float64."""
+        made: dict[str, Any] = {"dtype": torch.float64, "device": device}
+        return cls(torch.zeros(n_probes, d, d, **made), torch.zeros(n_probes, n_labels, d, **made))
 
     def add(
         self,

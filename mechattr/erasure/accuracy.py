@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-GROUPS = ("all", "multi", "single")
+GROUPS = ("all", "multi", "single", "ngram")
 BEST = (1, 5)  # a probe is right when the token is its first, or among its first five
 DRAWS = 1000
 
@@ -35,8 +35,9 @@ class Footprint(Artifact):
     """Right answers of erasure probes, document by document.
 
     `tensors`: `hits` [document, group, layer, offset, best] and `counts` [document, group, offset]. Groups are all
-    tokens, the last tokens of words of several tokens (`multi`), words of one token (`single`), and what the caller
-    gave. `best` is 1 or 5: among how many guesses the token is.
+    tokens, the last tokens of words of several tokens (`multi`), words of one token (`single`), for offset i words of
+    exactly |i| + 1 tokens (`ngram`: their last token, or their first for offsets above 0), and what the caller gave,
+    likewise with its n-grams. `best` is 1 or 5: among how many guesses the token is.
     """
 
     kind: ClassVar[str] = "footprint"
@@ -65,9 +66,16 @@ class Footprint(Artifact):
     def drop(
         self, group: str, offset: int, early: int, late: int, *, confidence: float = 0.95, seed: int = 0
     ) -> tuple[float, float, float]:
-        """Accuracy lost from one layer to another: (estimate, low, high), both by the same draws of documents."""
+        """Accuracy lost from one layer to another: (estimate, low, high), both by the same draws of documents.
+
+        Raises:
+            SettingError: no such group, offset or layer.
+        """
         hits, counts = self._of(group, offset, 1)
         layers = list(self.tensors["hits"].coords["layer"])
+        for layer in (early, late):
+            if layer not in layers:
+                raise SettingError(f"layer {layer} of a footprint", f"layers {layers}", "name two of them")
         lost = hits[:, layers.index(early)] - hits[:, layers.index(late)]
         drawn = torch.randint(len(hits), (DRAWS, len(hits)), generator=torch.Generator().manual_seed(seed))
         means = lost[drawn].sum(1) / counts[drawn, 0].sum(1)
@@ -101,7 +109,8 @@ class Footprint(Artifact):
 
         offsets = [int(o) for o in self.tensors["hits"].coords["offset"]]
         curves = {
-            group: {o: (self.accuracy(group, o), *self.interval(group, o)) for o in offsets} for group in GROUPS[1:]
+            group: {o: (self.accuracy(group, o), *self.interval(group, o)) for o in offsets}
+            for group in ("multi", "single")
         }
         layers = [int(layer) for layer in self.tensors["hits"].coords["layer"]]
         return draw.footprint_curve(layers, curves, ax=ax)
@@ -143,18 +152,20 @@ def footprint(
 
     Raises:
         MismatchError: probes of another model or tokenizer.
-        SettingError: texts without tokens, or spans for another number of documents.
+        SettingError: no texts, or spans for another number of documents.
 
     Cost:
         1 forward pass a document.
     """
     check_belongs(probes, model)
+    if isinstance(texts, str) or not texts:
+        raise SettingError("texts", "none" if not texts else "a str", "give a list of texts, one a document")
     given = {} if groups is None else dict(groups)
     for name, spans in given.items():
         if len(spans) != len(texts):
             raise SettingError(f"group {name!r}", f"spans of {len(spans)} documents", f"give {len(texts)}, one a text")
     parts = [words_of(model, text, window=window) for text in texts]
-    names = (*GROUPS, *given)
+    names = (*GROUPS, *(name for own in given for name in (own, f"{own} ngram")))
     rows = [list(part.tokens) for part in parts]
     shape = len(rows), len(names), len(probes.layers), len(probes.offsets)
     hits, counts = torch.zeros(*shape, len(BEST), dtype=torch.long), torch.zeros(*shape[:2], shape[3], dtype=torch.long)
@@ -162,7 +173,6 @@ def footprint(
     hidden = None if progress is None else not progress
     for number, document in enumerate(tqdm(found, total=len(rows), desc="footprint", disable=hidden)):
         extra = {name: spans[number] for name, spans in given.items()}
-        groups_here = _ends(parts[number], extra)
         for i, offset in enumerate(probes.offsets):
             states, labels = aligned(document, offset, first=False)
             if not len(labels):
@@ -170,7 +180,7 @@ def footprint(
             begin = max(0, -offset) if offset else 1
             weights = torch.stack([probes.weights(layer, offset) for layer in probes.layers]).to(states)
             order = ranks(weights, states, labels.expand(len(states), -1))
-            for g, ends in enumerate(groups_here):
+            for g, ends in enumerate(_ends(parts[number], extra, offset)):
                 asked = [t - begin for t in ends if begin <= t < begin + len(labels)]
                 counts[number, g, i] = len(asked)
                 for b, best in enumerate(BEST):
@@ -189,7 +199,15 @@ def footprint(
     )
 
 
-def _ends(words: Words, extra: Mapping[str, Sequence[Span]]) -> list[list[int]]:
-    """The last tokens of each group's spans."""
-    spans: list[Sequence[Span]] = [words.multi, words.single, *extra.values()]
-    return [list(range(len(words.tokens))), *(sorted({last for _, last in s}) for s in spans)]
+def _ends(words: Words, extra: Mapping[str, Sequence[Span]], offset: int) -> list[list[int]]:
+    """The positions that each group asks about at an offset."""
+    several = [words.multi, words.single, _ngrams(words.spans, offset)]
+    for spans in extra.values():
+        several += [tuple(spans), _ngrams(spans, offset)]
+    return [list(range(len(words.tokens))), *(sorted({last for _, last in spans}) for spans in several)]
+
+
+def _ngrams(spans: Sequence[Span], offset: int) -> tuple[Span, ...]:
+    """Spans of exactly |offset| + 1 tokens, cut off after the token from which the other end is that far away."""
+    n = abs(offset)
+    return tuple((first, last if offset <= 0 else first) for first, last in spans if last - first == n)

@@ -105,31 +105,37 @@ def site_of(model: HookedModel, layer: int) -> str:
     return full_name("ln_final") if layer == model.info.n_layers else full_name("resid_post", layer)
 
 
-def encoded(model: HookedModel, texts: Sequence[str], window: int = WINDOW) -> list[list[int]]:
-    """The ids of each text, as the model's tokenizer begins it, cut off at `window`.
+def room(model: HookedModel, window: int) -> int:
+    """Most tokens of a document: `window`, or the model's context where that is shorter.
 
     Raises:
-        SettingError: no text, something else than texts, a window that is no count, or no tokenizer.
+        SettingError: a window that is no count.
+    """
+    if isinstance(window, bool) or not isinstance(window, int) or window < 1:
+        raise SettingError(f"window={window!r}", "no number of tokens", "give a whole number from 1")
+    return window if model.info.bounded is False else min(window, model.info.n_ctx)
+
+
+def encoded(model: HookedModel, texts: Sequence[str], window: int = WINDOW) -> list[list[int]]:
+    """The ids of each text, as the model's tokenizer begins it, cut off at `window`; an empty text has none, or only
+    the special token that every text begins with.
+
+    Raises:
+        SettingError: something else than texts, a window that is no count, or no tokenizer.
     """
     if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
         raise SettingError("texts", f"a {type(texts).__name__}", "give a list of texts, one a document")
-    if isinstance(window, bool) or not isinstance(window, int) or window < 1:
-        raise SettingError(f"window={window!r}", "no number of tokens", "give a whole number from 1")
     if model.tokenizer is None:
         raise SettingError("texts", "this model has no tokenizer", "load it with tokenizer=...")
-    if model.info.bounded is not False:
-        window = min(window, model.info.n_ctx)
-    rows = [encode(model.tokenizer, text)[:window] for text in texts if text]
-    rows = [row for row in rows if row]
-    if not rows:
-        raise SettingError("texts", "none with a token", "give at least one text that is not empty")
-    return rows
+    most = room(model, window)
+    return [encode(model.tokenizer, text)[:most] for text in texts]
 
 
 def documents(
     model: HookedModel, rows: Sequence[Sequence[int]], layers: Sequence[int], *, batch_size: int = 8
 ) -> Iterator[Document]:
-    """The states of each document, in order; documents run together `batch_size` at a time.
+    """The states of each document, in order; documents run together `batch_size` at a time, and those without a token
+    do not run.
 
     Cost:
         1 forward pass a document.
@@ -137,12 +143,20 @@ def documents(
     sites = [site_of(model, layer) for layer in layers]
     device = model.weight("embed.W_E").device
     for begin in range(0, len(rows), batch_size):
-        batch: Batch = pad(rows[begin : begin + batch_size], model.tokenizer, device=device)
-        cache = model.run(batch, record=sites).activations
-        wide = torch.promote_types(cache[sites[0]].dtype, torch.float32)
-        for row, length in enumerate(batch.lengths.tolist()):
-            states = torch.stack([cache[site].values[row, :length] for site in sites])
-            yield Document(batch.tokens[row, :length], states.to(wide))
+        part = rows[begin : begin + batch_size]
+        full = [row for row in part if row]
+        if full:
+            batch: Batch = pad(full, model.tokenizer, device=device)
+            cache = model.run(batch, record=sites).activations
+        numbers = iter(range(len(full)))
+        for row in part:
+            if not row:
+                nothing = torch.zeros(len(sites), 0, model.info.d_model, device=device)
+                yield Document(torch.zeros(0, dtype=torch.long, device=device), nothing)
+                continue
+            number, length = next(numbers), len(row)
+            states = torch.stack([cache[site].values[number, :length] for site in sites])
+            yield Document(batch.tokens[number, :length], states.to(torch.promote_types(states.dtype, torch.float32)))
 
 
 def aligned(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import random
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mechattr.engines.linear_probes import Ridge, cross_entropy_gradient
@@ -58,7 +58,8 @@ def fit_probes(
         resume: a file that keeps the state of an interrupted descent after each epoch.
 
     Returns:
-        The probes, with the losses of each epoch in their settings; `held_out` losses are missing with one document.
+        The probes, with the losses of each epoch in their settings. With one document nothing is held out: a warning
+        says so, and `held_out` losses are missing.
 
     Raises:
         SettingError: layers, offsets, a recipe or texts that do not fit; an offset without any data.
@@ -78,8 +79,12 @@ def fit_probes(
         raise SettingError(f"recipe={recipe!r}", f"a {type(recipe).__name__}", "give Closed(...) or Descent(...)")
     if not 0 <= held_out < 1:
         raise SettingError(f"held_out={held_out!r}", "no share", "give a share of the documents below 1")
-    rows = encoded(model, texts, window)
+    rows = [row for row in encoded(model, texts, window) if row]
+    if not rows:
+        raise SettingError("texts", "none with a token", "give at least one text that is not empty")
     work = Work(model, rows, chosen, offsets, held_out=held_out, seed=seed, batch_size=batch_size, progress=progress)
+    if held_out and not work.test:
+        warnings.warn("one document: nothing is held out, so that no held-out loss is known", stacklevel=2)
     weights, lost = _closed(work, recipe) if isinstance(recipe, Closed) else _descent(work, recipe, resume)
     settings: dict[str, Any] = {
         "method": "fit_probes",
@@ -105,7 +110,8 @@ def _check_offsets(offsets: Sequence[int]) -> tuple[int, ...]:
 
 def _closed(work: Work, recipe: Closed) -> tuple[Tensor, list[dict[str, Any]]]:
     info = work.model.info
-    ridge = Ridge.empty(work.n_probes, info.d_vocab, info.d_model)
+    device = work.model.weight("embed.W_E").device
+    ridge = Ridge.empty(work.n_probes, info.d_vocab, info.d_model, device=device)
     for document in work.documents(work.train, "fitting probes"):
         ridge.add(*work.stacked(document))
     weights = ridge.solve(recipe.alpha).float()
@@ -117,17 +123,16 @@ def _descent(work: Work, recipe: Descent, resume: str | os.PathLike[str] | None)
     while state.epoch < recipe.epochs:
         order = list(work.train)
         random.Random(f"{work.seed} {state.epoch}").shuffle(order)
-        gradient, waiting = torch.zeros_like(state.weights), 0
-        loss, seen = (torch.zeros(work.n_probes) for _ in range(2))
+        loss, seen = (state.weights.new_zeros(work.n_probes) for _ in range(2))
         for number, document in enumerate(work.documents(order, f"epoch {state.epoch + 1} of {recipe.epochs}"), 1):
             states, labels, kept = work.stacked(document)
             some = kept.sum(-1, keepdim=True)
             kept = (kept / some.clamp(min=1)).float()
             here, slope = cross_entropy_gradient(state.weights, states.float() / state.scale, labels, kept)
-            loss, seen, gradient, waiting = loss + here, seen + (some[:, 0] > 0), gradient + slope, waiting + 1
-            if waiting == recipe.documents or number == len(order):
-                state.step(gradient / waiting if recipe.average else gradient)
-                gradient, waiting = torch.zeros_like(state.weights), 0
+            loss, seen = loss + here, seen + (some[:, 0] > 0)
+            state.add(slope)
+            if state.waiting == recipe.documents or (recipe.flush and number == len(order)):
+                state.step()
         state.epoch += 1
         state.losses += losses(work, state.weights / state.scale, epoch=state.epoch, train=loss / seen.clamp(min=1))
         state.settle()

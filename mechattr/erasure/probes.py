@@ -84,5 +84,7 @@ class ErasureProbes(Artifact):
 
         losses = self.settings.get("losses")
         if not losses:
-            raise UnknownNameError("the losses of probes", "these were imported", "measure them: erasure.accuracy")
+            raise UnknownNameError(
+                "the losses of probes", "these were imported", "measure their accuracy: erasure.footprint"
+            )
         return pd.DataFrame(cast(list, losses))

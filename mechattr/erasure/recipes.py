@@ -32,6 +32,8 @@ class Descent:
         decay: weight decay.
         documents: documents of one step.
         average: whether a step's gradient is the mean over its documents (else their sum).
+        flush: whether the last documents of an epoch, when they are fewer, make a step of their own; else they wait
+            for those of the next epoch.
         clip: largest norm of the gradient of one probe; `None` for any.
         epochs: passes over the documents.
         warmup: steps over which the rate grows to its value.
@@ -43,6 +45,7 @@ class Descent:
     decay: float = 0.0
     documents: int = 8
     average: bool = True
+    flush: bool = True
     clip: float | None = None
     epochs: int = 4
     warmup: int = 10
@@ -60,9 +63,19 @@ class Descent:
     def reference(cls) -> Descent:
         """The settings of the source that accompanies Feucht et al. (2024): AdamW at 0.1 with decay 0.001, gradients
         of 30 documents added up and clipped at norm 0.1, 8 epochs, a linear warm-up over 2 / (1 - beta_2) steps, and a
-        tenth of the rate after 3 epochs without a better held-out loss."""
+        tenth of the rate after 3 epochs without a better held-out loss (of all probes together, where the source looks
+        at each)."""
         return cls(
-            rate=0.1, decay=1e-3, documents=30, average=False, clip=0.1, epochs=8, warmup=2000, patience=3, scaled=False
+            rate=0.1,
+            decay=1e-3,
+            documents=30,
+            average=False,
+            flush=False,
+            clip=0.1,
+            epochs=8,
+            warmup=2000,
+            patience=3,
+            scaled=False,
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -84,6 +85,9 @@ def segment(
             published: psi of spans that end there is undefined, and it comes first.
         window: tokens of the document that are looked at.
 
+    Returns:
+        The segments: none of a text without a token; psi is NaN where it is not defined.
+
     Raises:
         MismatchError: probes of another model or tokenizer.
         SettingError: layers or offsets without probes, or an end that does not lie above the start.
@@ -96,9 +100,10 @@ def segment(
     rows = encoded(model, [text], window)
     (document,) = documents(model, rows, (a, b), batch_size=1)
     scores = spans_of(model, document, probes, (a, b), first=first)
-    segments = segment_spans(scores, longest=longest)
-    columns = [torch.tensor(column) for column in zip(*segments, strict=True)]
-    tensors = {n: Labelled(x, ("segment",)) for n, x in zip(("first", "last", "score"), columns, strict=True)}
+    segments = segments_of(scores, longest=longest)
+    table = torch.tensor(segments, dtype=torch.float64).reshape(-1, 3)
+    columns = {"first": table[:, 0].long(), "last": table[:, 1].long(), "score": table[:, 2].to(scores)}
+    tensors = {name: Labelled(column.contiguous(), ("segment",)) for name, column in columns.items()}
     settings: dict[str, Any] = {
         "method": "segment",
         "strings": [decode_token(model.tokenizer, token) for token in rows[0]],
@@ -154,10 +159,18 @@ def spans_of(
     model: HookedModel, document: Document, probes: ErasureProbes, layers: tuple[int, int], *, first: str
 ) -> Float[Tensor, "start end"]:
     """psi of all spans of a document; a special first token stands by itself."""
-    scores = psi(drops(document, probes, layers, first=False), first=first).cpu()
+    scores = psi(drops(document, probes, layers, first=False).cpu(), first=first)
     tokenizer: Any = model.tokenizer
+    if not len(scores):
+        return scores
     if first == "reference":
         scores[0, 0] = torch.inf  # an undefined score, which the published order puts before all others
     elif int(document.tokens[0]) in (getattr(tokenizer, "all_special_ids", None) or ()):
         scores[0, 1:] = torch.nan
     return scores
+
+
+def segments_of(scores: Float[Tensor, "start end"], *, longest: int | None) -> list[Segment]:
+    """`segment_spans`, with NaN as the score of a span that only came first because it has none."""
+    found = segment_spans(scores, longest=longest)
+    return [(p, q, score if math.isfinite(score) else math.nan) for p, q, score in found]

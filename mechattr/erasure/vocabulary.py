@@ -14,8 +14,7 @@ from mechattr.base import Artifact
 from mechattr.engines.sweep import sweep
 from mechattr.erasure.documents import documents, encoded
 from mechattr.erasure.probes import ErasureProbes
-from mechattr.erasure.psi import segment_spans
-from mechattr.erasure.segment import Segment, layers_between, spans_of
+from mechattr.erasure.segment import Segment, layers_between, segments_of, spans_of
 from mechattr.labelled import Labelled
 from mechattr.models.base import HookedModel
 from mechattr.models.record import check_belongs
@@ -87,7 +86,7 @@ def read_out(
 
     Args:
         model: the model of the probes.
-        texts: one a document.
+        texts: one a document; one without a token has no segment.
         probes, start, end, longest, first: as for `segment`.
         window: tokens of a document that are looked at.
         batch_size: documents of one forward pass.
@@ -123,8 +122,8 @@ def read_out(
         some = documents(model, [rows[i] for i in part], layers, batch_size=batch_size)
         for i, document in zip(part, some, strict=True):
             scores = spans_of(model, document, probes, layers, first=first)
-            for p, q, score in segment_spans(scores, longest=longest):
-                flat += [i, p, q, score if score == score and abs(score) != float("inf") else 0.0]
+            for p, q, score in segments_of(scores, longest=longest):
+                flat += [i, p, q, score]
         return flat
 
     parts = [list(range(i, min(i + batch_size, len(rows)))) for i in range(0, len(rows), batch_size)]

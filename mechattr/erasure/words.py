@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mechattr.erasure.documents import WINDOW
+from mechattr.erasure.documents import WINDOW, room
 from mechattr.errors import SettingError
 from mechattr.models.base import HookedModel
 from mechattr.models.tokenize import wants_special
@@ -48,10 +48,11 @@ def words_of(model: HookedModel, text: str, *, window: int = WINDOW) -> Words:
     reaches into its neighbour is no word here.
 
     Raises:
-        SettingError: a tokenizer that does not say where its tokens are in the text.
+        SettingError: a tokenizer that does not say where its tokens are in the text, or a window that is no count.
     """
     ids, places = _with_places(model.tokenizer, text)
-    ids, places = ids[:window], places[:window]
+    most = room(model, window)
+    ids, places = ids[:most], places[:most]
     spans, texts, token = [], [], 0
     for match in _WORD.finditer(text):
         begin, end = match.span()

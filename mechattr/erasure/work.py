@@ -102,8 +102,8 @@ def losses(
         states, labels, kept = work.stacked(document)
         found = log_probabilities(weights, states.to(weights.dtype), labels)
         some = kept.sum(-1)
-        total -= ((kept * found).sum(-1) / some.clamp(min=1)).double()
-        seen += some > 0
+        total -= ((kept * found).sum(-1) / some.clamp(min=1)).cpu().double()
+        seen += some.cpu() > 0
     mean = (total / seen).tolist()
     places = [(layer, offset) for layer in work.layers for offset in work.offsets]
     return [

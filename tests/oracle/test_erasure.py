@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from letters_model import BOS, FORGOTTEN, copying, texts
+from letters_model import BOS, FORGOTTEN, Letters, copying, texts
 from matplotlib.figure import Figure
 
 import mechattr as ma
@@ -28,6 +28,8 @@ from mechattr.erasure import (
 from mechattr.erasure.documents import documents, encoded
 from mechattr.erasure.segment import drops, layers_between
 from mechattr.errors import MismatchError, OutputExistsError, SettingError
+from mechattr.models.plain import plain_model
+from mechattr.models.plain_config import PlainConfig
 
 FRESH = texts(40, seed=5)
 
@@ -60,6 +62,22 @@ def test_a_planted_erasure_is_seen_where_it_is_and_nowhere_else() -> None:
     assert int(found.tensors["counts"].sel(group="kept", offset=-1).values.sum()) == sum(map(len, groups["kept"]))
     swapped = footprint(model, FRESH, probes=probes, groups={"forgotten": groups["kept"]})
     assert float(swapped.accuracy("forgotten", -1)[after]) == 1.0  # the control: spans at the other letters
+
+
+def test_n_grams_are_words_of_exactly_the_length_of_an_offset() -> None:
+    model, probes = forgetting()
+    spans = [[(1, 1), (2, 3), (4, 6)]]
+    found = footprint(model, ["abcdefgh"], probes=probes, groups={"mine": spans})
+    layers = list(found.tensors["hits"].coords["layer"])
+    for offset, place in ((0, 1), (-1, 3), (-2, 6)):
+        assert int(found.tensors["counts"].sel(group="mine ngram", offset=offset).values.sum()) == 1
+        alone = footprint(model, ["abcdefgh"], probes=probes, groups={"one": [[(place, place)]]})
+        for layer in range(len(layers)):
+            one, gram = (x.accuracy(g, offset)[layer] for x, g in ((alone, "one"), (found, "mine ngram")))
+            assert float(one) == float(gram)
+    assert int(found.tensors["counts"].sel(group="mine", offset=-1).values.sum()) == 3  # every span's last token
+    with pytest.raises(SettingError, match=r"layer 9 of a footprint\n  found: layers \[-1, 0, 1\]"):
+        found.drop("all", 0, 0, 9)
 
 
 def test_intervals_contain_the_estimate_and_shrink_with_documents() -> None:
@@ -158,6 +176,47 @@ def test_results_are_stored_and_shown(tmp_path: Path) -> None:
     results[0].plot(Figure().add_subplot())
     shown = segments_html(["<&", "a", "\n"], [(0, 1, 0.4), (2, 2, math.nan)])
     assert "&lt;&amp;" in shown and "ψ = 0.400" in shown and "<br>" in shown
+
+
+def test_texts_without_tokens_have_their_place_and_nothing_in_it() -> None:
+    model, probes = forgetting()
+    alone = segment(model, "", probes=probes)  # the special token that every text begins with
+    assert [s[:2] for s in alone.segments] == [(0, 0)] and math.isnan(alone.segments[0][2])
+    assert "ψ is not defined" in alone._repr_html_()
+    bare = copying(forgetting=True, first=False)
+    probes = fit_probes(bare, texts(20), recipe=Closed(), offsets=(-2, -1, 0))
+    nothing = segment(bare, "", probes=probes)
+    assert nothing.segments == [] and nothing.to_pandas().empty and "<div" in nothing._repr_html_()
+    assert segment(bare, "a", probes=probes).segments[0][:2] == (0, 0)
+    found = read_out(bare, ["abcd", "", "ab"], probes=probes, start=0, end=1)
+    singly = [segment(bare, text, probes=probes, start=0, end=1).segments for text in ("abcd", "", "ab")]
+    assert [[s[:2] for s in part] for part in found.segments()] == [[s[:2] for s in part] for part in singly]
+    empty = read_out(bare, ["", ""], probes=probes, start=0, end=1)
+    assert empty.to_pandas().empty and empty.segments() == [[], []]
+    measured = footprint(bare, ["abcd", ""], probes=probes)
+    assert measured.tensors["counts"].sel(group="all", offset=0).values.tolist() == [3, 0]
+    with pytest.raises(SettingError, match="texts\n  found: none"):
+        footprint(bare, [], probes=probes)
+    with pytest.raises(SettingError, match="none with a token"):
+        fit_probes(bare, ["", ""])
+
+
+def test_documents_are_cut_at_the_context() -> None:
+    model, probes = forgetting()
+    long = "abcdefghijk" * 3
+    assert len(words_of(model, long).tokens) == model.info.n_ctx == len(encoded(model, [long])[0])
+    assert int(footprint(model, [long], probes=probes).tensors["counts"].values.max()) == model.info.n_ctx - 1
+    assert segment(model, long, probes=probes).segments[-1][1] == model.info.n_ctx - 1
+
+
+def test_a_vocabulary_of_one_token() -> None:
+    """Every probe is certain: nothing drops, and every span scores zero."""
+    model = plain_model(PlainConfig.gpt2_like(d_vocab=1), tokenizer=Letters(bos=None))
+    probes = fit_probes(model, ["aaaa", "aaaaa", "aa"], recipe=Descent(epochs=1))
+    found = segment(model, "aaaa", probes=probes)
+    assert [s[:2] for s in found.segments] == [(0, 0), (1, 1), (2, 2), (3, 3)]
+    assert [s[2] for s in found.segments[1:]] == [0.0, 0.0, 0.0]
+    assert float(footprint(model, ["aaa"], probes=probes).accuracy("all", -1).min()) == 1.0
 
 
 def test_layers_between_follow_the_depth() -> None:

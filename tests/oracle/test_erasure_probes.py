@@ -14,9 +14,10 @@ from letters_model import Letters, V, copying, texts
 from patching_cases import plain
 
 import mechattr as ma
-from mechattr.engines.linear_probes import ranks
+from mechattr.engines.linear_probes import cross_entropy_gradient, ranks
 from mechattr.erasure import Closed, Descent, ErasureProbes, fit_probes, pieces, read_texts
 from mechattr.erasure.documents import aligned, check_layers, documents, encoded, site_of
+from mechattr.erasure.training import Training
 from mechattr.erasure.work import Work
 from mechattr.errors import MismatchError, SettingError
 from mechattr.models.plain import plain_model
@@ -92,8 +93,31 @@ def test_interrupted_training_goes_on_to_the_same_probes(tmp_path: Path, monkeyp
     for name, table in whole.tensors.items():
         torch.testing.assert_close(resumed.tensors[name].values, table.values, rtol=0, atol=0)  # the same bits
     assert resumed.settings["losses"] == whole.settings["losses"]
+    waiting = Descent(epochs=3, documents=7, flush=False)  # documents that wait for a step are kept as well
+    begun = tmp_path / "begun.safetensors"
+    fit_probes(model, texts(12), recipe=replace(waiting, epochs=1), resume=begun)
+    again, once = (fit_probes(model, texts(12), recipe=waiting, resume=place) for place in (begun, None))
+    torch.testing.assert_close(again.weights(0, 0), once.weights(0, 0), rtol=0, atol=0)  # the same bits
     with pytest.raises(MismatchError, match="other texts, layers, offsets, settings or another model"):
         fit_probes(model, texts(13), recipe=recipe, resume=file)
+
+
+def test_documents_that_are_too_few_for_a_step_wait_or_make_one() -> None:
+    """10 documents at 7 a step over 3 epochs: 4 whole steps, or 2 steps an epoch."""
+    model, recipe = copying(), Descent(epochs=3, documents=7, flush=False)
+    rows = [row for row in encoded(model, texts(10)) if row]
+    steps = []
+    for flush in (False, True):
+        work = Work(model, rows, (0,), (0,), held_out=0.0, seed=0, batch_size=4, progress=False)
+        state = Training.begin(work, replace(recipe, flush=flush), None)
+        for _ in range(3):
+            for number, document in enumerate(work.documents(work.train, ""), 1):
+                states, labels, kept = work.stacked(document)
+                state.add(cross_entropy_gradient(state.weights, states.float(), labels, kept.float())[1])
+                if state.waiting == 7 or (flush and number == 10):
+                    state.step()
+        steps.append(state.steps)
+    assert steps == [4, 6] and Descent.reference().flush is False
 
 
 def test_probes_are_stored_with_what_made_them(tmp_path: Path) -> None:
@@ -125,8 +149,10 @@ def test_documents_shorter_than_an_offset_do_not_count() -> None:
         assert aligned(short, offset)[1].numel() == 0
     assert aligned(short, 0)[1].tolist() == [3] and aligned(short, 0, first=False)[1].numel() == 0
     with pytest.raises(SettingError, match="a probe of offset -3\n  found: the longest document to train on has 3"):
-        fit_probes(model, ["ab"])
-    one = fit_probes(model, ["abcdef"], recipe=Closed())
+        fit_probes(model, ["ab", "a"], held_out=0.0)
+    with pytest.warns(UserWarning, match="one document: nothing is held out"):
+        one = fit_probes(model, ["abcdef"], recipe=Closed())
+    fit_probes(model, ["abcdef"], recipe=Closed(), held_out=0.0)  # nothing was asked to be held out: no warning
     assert one.settings["n_documents"] == {"train": 1, "held_out": 0}
     assert {row["held_out"] for row in one.settings["losses"]} == {None}
 

@@ -7,7 +7,9 @@ import torch
 from torch.nn import functional as F
 
 from mechattr.engines.linear_probes import (
+    LOGITS,
     Ridge,
+    chunks,
     cross_entropy_gradient,
     log_probabilities,
     ranks,
@@ -49,6 +51,15 @@ def test_a_gradient_without_its_labels_is_told_apart() -> None:
     other = (labels + 1) % V
     with pytest.raises(AssertionError):
         torch.testing.assert_close(cross_entropy_gradient(weights, states, other, kept)[1], gradient, **CLOSE)
+
+
+def test_many_states_take_fewer_labels_at_once() -> None:
+    few, many = (torch.zeros(2, n, D) for n in (10, 2000))
+    assert [part.stop - part.start for part in chunks(100, few, 30)] == [30, 30, 30, 10]
+    assert (
+        len(list(chunks(128_000, few))) == 1 and max(p.stop - p.start for p in chunks(128_000, many)) * 4000 <= LOGITS
+    )
+    assert len(list(chunks(5, torch.zeros(2, 0, D)))) == 1
 
 
 def test_equal_logits_rank_by_id() -> None:
