@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
 
-from benchmarks import attribution, edges, estimates, localising, recording, sweep
+from benchmarks import attribution, edges, estimates, localising, mixing, recording, sweep
 from benchmarks.measure import Ratio
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -38,11 +38,14 @@ def main() -> None:
         "recording M": lambda: recording.measure("M", 31),
         "attribution M": lambda: attribution.measure("M", 21),
         "edges M": lambda: attribution.measure_edges("M", 11),
+        "mixing S": lambda: mixing.passes("S", few or 21),
+        "mixing M": lambda: mixing.passes("M", 9),
+        "mixing contributions": lambda: mixing.contributions(5),
         "localising": lambda: localising.measure(5),
         "memory": localising.memory,
         "estimates": estimates.measure,
     }
-    large = ("M", "localising", "memory", "estimates")
+    large = ("M", "contributions", "localising", "memory", "estimates")
     wanted = [job for name, job in jobs.items() if chosen.only in name and not (few and name.endswith(large))]
     rows = [row for job in tqdm(wanted, desc="benchmarks") for row in job()]
     Console(width=120).print(_table(rows))
