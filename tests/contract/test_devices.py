@@ -14,6 +14,9 @@ from accelerate import dispatch_model
 from contract_cases import CASES, Case, call
 from devices import ONE, TWO, Pretended, everything, moved
 from patching_cases import pairs_task
+from prompt_cases import CASES as PROMPTS
+from prompt_cases import PromptCase, rows_of
+from prompt_cases import call as ask
 
 import mechattr as ma
 from mechattr.errors import SettingError, UnsupportedModelError
@@ -74,6 +77,17 @@ def test_a_model_on_two_devices_is_the_model_on_one(family: str) -> None:
 def test_a_method_gives_on_every_device_what_it_gives_on_the_host(case: Case, place: str) -> None:
     with Pretended():
         here, there = (call(case, model, pairs_task(model)) for model in (model_on("host"), model_on(place)))
+        assert there.settings == here.settings
+        for name, table in here.tensors.items():
+            torch.testing.assert_close(there.tensors[name].values.cpu(), table.values, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("place", [pytest.param("one", marks=pytest.mark.slow), "two"])  # slow: a part of the other
+@pytest.mark.parametrize("case", PROMPTS.values(), ids=PROMPTS)
+def test_a_method_of_prompts_gives_on_every_device_what_it_gives_on_the_host(case: PromptCase, place: str) -> None:
+    with Pretended():
+        models = (model_on("host"), model_on(place))
+        here, there = (ask(case, model, rows_of(model).to(model.device)) for model in models)
         assert there.settings == here.settings
         for name, table in here.tensors.items():
             torch.testing.assert_close(there.tensors[name].values.cpu(), table.values, rtol=0, atol=0, equal_nan=True)
