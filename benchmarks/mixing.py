@@ -79,12 +79,8 @@ def passes(shape: str, rounds: int) -> list[Ratio]:
         "alti": lambda: ma.alti(model, batch),
     }
     taken = interleaved(jobs, rounds)
+    targets = {"alti_logit": 3 if shape == "M" else None}
     return [
-        ratio(
-            f"{name} {shape}, over one bare forward pass",
-            taken[name],
-            taken["forward"],
-            target=3 if "_" in name else None,
-        )
+        ratio(f"{name} {shape}, over one bare forward pass", taken[name], taken["forward"], target=targets.get(name))
         for name in list(jobs)[1:]
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 from typing import Any
 
 import families
@@ -15,7 +16,7 @@ from prompt_cases import rows_of
 from torch import Tensor
 
 import mechattr as ma
-from mechattr.decomposition.mixing import mixing, of_row
+from mechattr.decomposition.mixing import Mixing, mixing, of_row
 from mechattr.decomposition.parts import AttentionParts, attention_parts, attention_sites
 from mechattr.errors import SettingError, UnsupportedFeatureError
 from mechattr.models import Batch
@@ -301,6 +302,21 @@ def test_no_tensor_is_as_large_as_heads_times_pairs_times_width(monkeypatch: pyt
     assert max(sizes) <= 20 and sum(sizes) < 36 * 5  # pairs that nobody looks at are left out
     mixing(replace(parts, pattern=torch.ones_like(parts.pattern)), piece=20)
     assert sum(sizes) > 36 * 5
+
+
+@pytest.mark.parametrize("include", INCLUDES)
+def test_only_rows_that_the_position_depends_on_are_formed(include: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    formed: list[slice] = []
+
+    def counting(parts: AttentionParts, queries: slice) -> Mixing:
+        formed.append(queries)
+        return mixing(parts, queries)
+
+    monkeypatch.setattr(import_module(ma.alti_logit.__module__), "mixing", counting)
+    model = model_of("gpt2_like")  # of two blocks
+    ma.alti_logit(model, rows_of(model).rows([0]), target=5, position=4, include=include)
+    own_row = [slice(4, 5)] if include == "all" else []  # of the last block
+    assert formed == [*own_row, slice(0, 5)]
 
 
 def clipped_model() -> Any:
