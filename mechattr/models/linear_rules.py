@@ -47,5 +47,6 @@ def linear_rule(
 
 def _share(z: Tensor, denominator: Tensor, epsilon: float) -> Tensor:
     """z / (denominator + epsilon sgn(denominator)), held; 0 where z is."""
-    d = denominator.detach() + epsilon * (2.0 * (denominator >= 0) - 1.0)
+    d = denominator.detach()
+    d = d + epsilon * (2 * (d >= 0).to(d.dtype) - 1)
     return (z.detach() / d.where(z != 0, 1.0)).to(z.dtype)

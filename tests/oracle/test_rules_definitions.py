@@ -42,7 +42,7 @@ class Messages(torch.autograd.Function):
         gamma = 0.0 if ctx.wrong == "a linear layer without gamma" else ctx.rule.linear_gamma
         messages = messages * (1 + gamma * (messages * y[:, None] > 0))
         total = messages.sum(1, keepdim=True)
-        sign = 1.0 if ctx.wrong == "an unsigned stabiliser" else torch.where(total < 0, -1.0, 1.0)
+        sign = 1.0 if ctx.wrong == "an unsigned stabiliser" else 1 - 2 * (total < 0).to(total.dtype)
         relevance = messages / (total + ctx.rule.linear_epsilon * sign) * (y * g)[:, None]
         if ctx.wrong == "a bias that takes nothing":
             relevance = messages / messages[:, :-1].sum(1, keepdim=True) * (y * g)[:, None]
