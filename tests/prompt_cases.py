@@ -47,9 +47,6 @@ class PromptCase:
 
 _EVERY_BACKEND = ("lens-gpt2", "nnsight-gpt2", "nnsight-local-gpt2")
 _ENCODERS = {"bert": "norms act on the residual stream itself", "modernbert": "before the unembedding"}
-# their rules act inside MLPs and attention
-_EXPERTS = {"mixtral": "the MLPs are mixtures of experts"}
-
 CASES: dict[str, PromptCase] = {
     "alti": PromptCase(method="alti", settings={"rollouts": True}, targeted=False, backends=_EVERY_BACKEND),
     "alti_logit": PromptCase(method="alti_logit", refuses=_ENCODERS, backends=_EVERY_BACKEND),
@@ -71,10 +68,8 @@ CASES: dict[str, PromptCase] = {
         settings={"target": 5, "foil": 7},
         backends=_EVERY_BACKEND,
     ),
-    "lrp": PromptCase(method="lrp", settings={"sites": ("z", "resid_pre")}, refuses=_EXPERTS, backends=()),
-    "attn_lrp": PromptCase(
-        method="lrp", settings={"variant": "attn", "sites": ("rot_k", "mlp_out")}, refuses=_EXPERTS, backends=()
-    ),
+    "lrp": PromptCase(method="lrp", settings={"sites": ("z", "resid_pre")}, backends=()),
+    "attn_lrp": PromptCase(method="lrp", settings={"variant": "attn", "sites": ("rot_k", "mlp_out")}, backends=()),
     "information_flow_routes": PromptCase(
         method="information_flow_routes",
         settings={"threshold": 0.02},
@@ -82,7 +77,7 @@ CASES: dict[str, PromptCase] = {
         result=Routes,
         backends=("lens-gpt2", "nnsight-gpt2", "nnsight-local-gpt2"),
     ),
-    "decompx": PromptCase(method="token_salience", settings={"method": "decompx"}, refuses=_EXPERTS, backends=()),
+    "decompx": PromptCase(method="token_salience", settings={"method": "decompx"}, backends=()),
     "globenc": PromptCase(
         method="token_salience",
         targeted=False,

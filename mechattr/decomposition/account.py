@@ -80,6 +80,7 @@ def _of_site(model: HookedModel, rows: Prompt, found: Relevance, short: str) -> 
 def _ledger(components: Mapping[str, Tensor], logit: Tensor, *, mixture: bool) -> dict[str, Tensor]:
     entries = {"tokens": logit * 0, "positions": logit * 0, "biases": logit * 0, "softmax_leak": logit * 0}
     entries |= {"experts": logit * 0} if mixture else {}
+    entries |= {"linear": logit * 0} if any(name.endswith(".linear") for name in components) else {}
     for name, x in components.items():
         entry = name.rpartition(".")[2]
         entries[entry if entry in entries else "biases"] += x

@@ -32,6 +32,8 @@ def lrp(
     position: int = -1,
     variant: Literal["cp", "attn"] = "cp",
     sites: str | Sequence[str] = (),
+    epsilon: float = 0.0,
+    gamma: float = 0.0,
     checkpoint: bool = False,
     targets_at_once: int = 16,
 ) -> Decomposition:
@@ -55,6 +57,8 @@ def lrp(
         variant: `"cp"` holds attention patterns and gates at their values and conserves relevance exactly; `"attn"`
             propagates through them, by halves, and leaks at each softmax.
         sites: sites whose relevance is wanted from the same backward pass, such as `"z"`, `"mlp_post"`, `"resid_pre"`.
+        epsilon, gamma: strengths of the rules of those names at the linear layers of the blocks (see `Rules`); what
+            they take goes to the entry `linear`. Without them a linear layer passes its gradient.
         checkpoint: compute blocks again in the backward pass instead of keeping them.
         targets_at_once: how many targets of one prompt share a backward pass; bounds memory.
 
@@ -62,9 +66,10 @@ def lrp(
         `tokens` [pos], token and position embedding together; `score/embed` and `score/pos_embed` [pos] apart, where
         the model has such embeddings; `score/SITE` for each of `sites`, [layer, pos, head, kv_head or neuron], signed,
         summed over the entries of a vector; `components` [component], all that the logit went to, by name; `ledger`
-        [entry]: tokens, positions, biases, softmax_leak, experts (in mixtures of experts), logit, residual (what is
-        missing: rounding); `conservation` [cut, side]: relevance of the residual stream before each block and behind
-        the last, beside the logit less all that was taken above. All in units of the logit.
+        [entry]: tokens, positions, biases, softmax_leak, experts (in mixtures of experts), linear (with `epsilon` or
+        `gamma`), logit, residual (what is missing: rounding); `conservation` [cut, side]: relevance of the residual
+        stream before each block and behind the last, beside the logit less all that was taken above. All in units of
+        the logit.
 
         What is explained is the logit before a cap of logits, where a model has one.
 
@@ -91,14 +96,14 @@ def lrp(
     count = _targets(given, target, foil)
     rows = given if count is None else _repeated(given, count)
     aim = target_of(model, rows, target, foil, position)
-    rules = RULES[variant]()
+    rules = replace(RULES[variant](), linear_epsilon=epsilon, linear_gamma=gamma)
     plan = plan_of(model, kept=kept, leaks=rules.pattern == "full")
     shared = count is not None and not checkpoint and not model.info.encoder
     if shared:
         found, logit = _together(model, given, aim, plan, rules, targets_at_once)
     else:
         found, logit = _rowwise(model, rows, aim, plan, rules, checkpoint=checkpoint)
-    components = found.components()
+    components = found.components(absorbed=rules.in_linear)
     if model.info.encoder:  # the head has a dense layer and a norm of its own
         components["head"] = logit - found.total(plan.end)
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -153,9 +154,9 @@ class Relevance:
         found = self.totals.get(site)
         return torch.zeros_like(self.totals[self.plan.end]) if found is None else found
 
-    def components(self) -> dict[str, Tensor]:
+    def components(self, *, absorbed: bool = False) -> dict[str, Tensor]:
         """Relevance by component: token and position embeddings, what else enters the first block, biases and leaks of
-        the blocks and of the last norm."""
+        the blocks and of the last norm; and if wanted what is absorbed in each block beside them."""
         found = {}
         names = {"hook_embed": "tokens", "hook_pos_embed": "positions"}
         for site in self.plan.embeddings:
@@ -166,6 +167,10 @@ class Relevance:
                 found[name] = self.biases.get(name, self.total(self.plan.end) * 0)
         for name, difference in self.plan.differences.items():
             found[name] = self.total(difference.above) - sum(map(self.total, difference.below), start=torch.zeros(()))
+        for layer, (below, above) in enumerate(pairwise(self.plan.cuts) if absorbed else ()):
+            inside = (x for name, x in found.items() if name.startswith(f"blocks.{layer}."))
+            through = self.total(above) - self.total(below)
+            found[f"blocks.{layer}.linear"] = through - sum(inside, start=torch.zeros(()))
         return found
 
 

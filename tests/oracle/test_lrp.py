@@ -331,6 +331,47 @@ def test_an_encoder_hands_back_through_its_head(variant: str) -> None:
         assert result.settings["explains"] == "the logit" and "head" in result.components.coords["component"]
 
 
+@VARIANTS
+def test_what_an_encoder_s_head_takes_is_its_biases(variant: str) -> None:
+    with_biases, without = families.model("bert"), families.model("bert")
+    with torch.no_grad():
+        for name, parameter in without.named_parameters():
+            if name.startswith("cls.") and name.endswith("bias"):
+                parameter.zero_()
+    found = [explain(HookedHF(m), variant=variant).components for m in (without, with_biases)]
+    head = [table.sel(component="head").values for table in found]
+    close(head[0], torch.zeros(1), 1e-5)  # float32
+    assert head[1].abs() > 0.1  # the control
+
+
+@VARIANTS
+def test_a_mixture_of_experts_hands_all_of_it_back(variant: str) -> None:
+    for kind in ("mixtral", "qwen2_moe", "olmoe"):
+        result = explain(families.hooked(kind), variant=variant)
+        closes(result, 1e-5)  # float32
+        close(result.ledger.sel(entry="experts").values, torch.zeros(1), 1e-5)
+    with pytest.raises(UnsupportedFeatureError, match="they do not reach the gate inside each expert"):
+        explain(families.hooked("gpt_oss"), variant=variant)
+
+
+@VARIANTS
+def test_what_the_rules_of_linear_layers_take_is_an_entry(variant: str) -> None:
+    model = without_biases(CONFIGS["llama_like"])
+    plain, gamma = explain(model, variant=variant), explain(model, variant=variant, gamma=0.25)
+    close(gamma.ledger.sel(entry="linear").values, torch.zeros(1, dtype=torch.float64))  # without biases it conserves
+    with pytest.raises(AssertionError):
+        close(gamma.tokens.values, plain.tokens.values, 0.01)
+    taken = {}
+    for epsilon in (1e-6, 1e-3):
+        result = explain(model, variant=variant, epsilon=epsilon)
+        taken[epsilon] = float(result.ledger.sel(entry="linear").values.abs())
+        closes(result)
+    assert 0 < taken[1e-6] < 1e-3 < 100 * taken[1e-3]
+    assert result.settings["rules"]["linear_epsilon"] == 1e-3
+    with pytest.raises(SettingError, match="linear_gamma=-1"):
+        explain(model, gamma=-1)
+
+
 def test_capped_logits_are_explained_before_their_cap() -> None:
     model = families.hooked("gemma2")
     result = explain(model)
