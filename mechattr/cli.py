@@ -6,10 +6,8 @@ Exit codes: 0 when all went well; 1 when `doctor` finds something wrong, or for 
 
 from __future__ import annotations
 
-import json
-import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -17,9 +15,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 import mechattr as ma
+from mechattr.commands.prompts import decompose, lens
+from mechattr.commands.show import echo_json, table
 from mechattr.errors import MechattrError
 
 if TYPE_CHECKING:
@@ -36,6 +35,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain messages: a box would wrap them, and logs keep the box
 )
+
+
+app.command()(decompose)
+app.command()(lens)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -143,11 +146,11 @@ def localise(
     )
     if as_json:
         document = {"summary": result.summary, "report": str(result.report_path), "components": result.table(top)}
-        _echo_json(document)
+        echo_json(document)
         return
     console = Console(soft_wrap=True)
     rows = [{name: value for name, value in row.items() if name != "site"} for row in result.table(ROWS_SHOWN)]
-    console.print(_table("Top components", rows))
+    console.print(table("Top components", rows))
     console.print(escape(result.summary), highlight=False)
     console.print(f"Report: {escape(str(result.report_path))}", highlight=False)
 
@@ -160,7 +163,7 @@ def report(
     """Build the report of a folder again from the artifacts stored there."""
     result = ma.report.rebuild(path)
     if as_json:
-        _echo_json({"summary": result.summary, "report": str(result.report_path)})
+        echo_json({"summary": result.summary, "report": str(result.report_path)})
     else:
         typer.echo(f"Report: {result.report_path}")
 
@@ -173,7 +176,7 @@ def models(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
 ) -> None:
     """List the model families, their sites and what was verified of each; --verify measures it here."""
-    from mechattr.models.architectures import table
+    from mechattr.models import architectures
 
     if not verify and (family or write):
         raise typer.BadParameter("--family and --write need --verify")
@@ -184,12 +187,12 @@ def models(
     if verify:
         _verify(family or [], write, as_json)
         return
-    rows = table()
+    rows = architectures.table()
     if as_json:
-        _echo_json(rows)
+        echo_json(rows)
     else:
         console = Console(soft_wrap=True)
-        console.print(_table("Model families", [{k: v for k, v in row.items() if k != "verified"} for row in rows]))
+        console.print(table("Model families", [{k: v for k, v in row.items() if k != "verified"} for row in rows]))
         for checks in dict.fromkeys(row["verified"] for row in rows):  # a column of its own would be most of the table
             families = ", ".join(row["family"] for row in rows if row["verified"] == checks)
             console.print(f"verified of {families}: {checks}", markup=False, highlight=False)
@@ -207,10 +210,10 @@ def _verify(family: Sequence[str], write: Path | None, as_json: bool) -> None:
     if write is not None:
         write.write_text(families.page(results), encoding="utf-8")
     if as_json:
-        _echo_json({name: [asdict(check) for check in checks] for name, checks in results.items()})
+        echo_json({name: [asdict(check) for check in checks] for name, checks in results.items()})
     else:
         console = Console(soft_wrap=True)
-        console.print(_table("Largest relative deviations", families.rows(results)))
+        console.print(table("Largest relative deviations", families.rows(results)))
     wrong = [name for name, checks in results.items() if not all(check.passed for check in checks)]
     if wrong:
         typer.echo(f"over their limits: {', '.join(wrong)}", err=True)
@@ -228,7 +231,7 @@ def doctor(
         findings = diagnose()
     wrong = [finding for finding in findings if finding.fix]
     if as_json:
-        _echo_json({"healthy": not wrong, "findings": [asdict(finding) for finding in findings]})
+        echo_json({"healthy": not wrong, "findings": [asdict(finding) for finding in findings]})
     else:
         console = Console(soft_wrap=True)
         for finding in findings:
@@ -267,47 +270,3 @@ def _lines(path: Path) -> list[str]:
     except UnicodeDecodeError as error:
         raise typer.BadParameter(f"{path} is not UTF-8 text: {error}") from error
     return [line for line in lines if line.strip()]
-
-
-def _table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Rows with equal keys as a table: numbers to the right with equal decimals in a column, what is missing empty."""
-    table = Table(title=title)
-    columns = []
-    for name in rows[0] if rows else ():
-        values = [row[name] for row in rows]
-        numeric = all(isinstance(value, int | float | None) for value in values)
-        table.add_column(name, justify="right" if numeric else "left", overflow="fold")
-        decimals = _decimals([value for value in values if isinstance(value, float) and math.isfinite(value)])
-        columns.append([escape(_cell(value, decimals)) for value in values])
-    for cells in zip(*columns, strict=True):
-        table.add_row(*cells)
-    return table
-
-
-def _decimals(values: Sequence[float]) -> int:
-    """Decimals that show the largest value with four digits."""
-    largest = max(map(abs, values), default=0.0)
-    return 3 if largest == 0 else min(6, max(0, 3 - math.floor(math.log10(largest))))
-
-
-def _cell(value: object, decimals: int) -> str:
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return ""
-    if isinstance(value, float):
-        return f"{value:.{decimals}f}"
-    if isinstance(value, list | tuple):
-        return " ".join(map(str, value))
-    return str(value)
-
-
-def _echo_json(document: object) -> None:
-    """One JSON document on standard output; what is not finite becomes null."""
-    typer.echo(json.dumps(_finite(document), indent=2))
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -142,6 +142,7 @@ METHODS: Mapping[str, MethodRow] = MappingProxyType(
                 cost="1 forward pass a prompt, and the parts of each pair of positions of each layer",
                 promises=frozenset({"batch_independent"}),
                 page="docs/alti.md",
+                command="decompose",
                 takes="prompts",
             ),
             MethodRow(
@@ -152,6 +153,7 @@ METHODS: Mapping[str, MethodRow] = MappingProxyType(
                 cost="1 forward pass a prompt, and the parts of each pair of positions of each layer but the last",
                 promises=frozenset({"complete", "signed", "batch_independent"}),
                 page="docs/alti.md",
+                command="decompose",
                 takes="prompts",
             ),
             MethodRow(
@@ -162,6 +164,7 @@ METHODS: Mapping[str, MethodRow] = MappingProxyType(
                 cost="1 forward pass a prompt, for all components",
                 promises=frozenset({"complete", "signed", "batch_independent"}),
                 page="docs/direct_logit_attribution.md",
+                command="decompose",
                 takes="prompts",
             ),
             MethodRow(
@@ -172,6 +175,7 @@ METHODS: Mapping[str, MethodRow] = MappingProxyType(
                 cost="1 forward pass a prompt, and for each site one block and the unembedding",
                 promises=frozenset({"batch_independent"}),
                 page="docs/logit_lens.md",
+                command="lens",
                 takes="prompts",
             ),
             MethodRow(
@@ -183,6 +187,7 @@ METHODS: Mapping[str, MethodRow] = MappingProxyType(
                 "forward pass",
                 promises=frozenset({"complete", "signed", "batch_independent"}),
                 page="docs/lrp.md",
+                command="decompose",
                 takes="prompts",
             ),
             MethodRow(
@@ -192,6 +197,7 @@ METHODS: Mapping[str, MethodRow] = MappingProxyType(
                 cost="1 forward pass a prompt",
                 promises=frozenset({"batch_independent"}),
                 page="docs/information_flow_routes.md",
+                command="decompose",
                 takes="prompts",
             ),
             MethodRow(
@@ -202,6 +208,7 @@ METHODS: Mapping[str, MethodRow] = MappingProxyType(
                 cost="1 forward pass a prompt; DecompX with a target 1 forward and 1 backward pass",
                 promises=frozenset({"batch_independent"}),
                 page="docs/token_salience.md",
+                command="decompose",
                 takes="prompts",
             ),
             MethodRow(
@@ -211,6 +218,7 @@ METHODS: Mapping[str, MethodRow] = MappingProxyType(
                 cost="1 forward pass a prompt, and the unembedding of each source in each layer",
                 promises=frozenset({"signed", "batch_independent"}),
                 page="docs/token_lens.md",
+                command="decompose",
                 takes="prompts",
             ),
         )

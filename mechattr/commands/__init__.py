@@ -1,0 +1,1 @@
+"""Parts of the command line: what commands show, and those that take prompts."""
