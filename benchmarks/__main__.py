@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
 
-from benchmarks import attribution, edges, estimates, localising, mixing, recording, sweep
+from benchmarks import attribution, edges, estimates, localising, mixing, probes, recording, sweep
 from benchmarks.measure import Ratio
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -35,6 +35,7 @@ def main() -> None:
         "edges S": lambda: attribution.measure_edges("S", few or 21),
         "edges lens": lambda: edges.measure(few or 9),
         "sweep": lambda: sweep.measure(few or 9),
+        "probes": lambda: probes.measure(few or 9),
         "recording M": lambda: recording.measure("M", 31),
         "attribution M": lambda: attribution.measure("M", 21),
         "edges M": lambda: attribution.measure_edges("M", 11),

@@ -78,9 +78,12 @@ def cross_entropy_gradient(
     kept: Float[Tensor, "probe n"],
     *,
     chunk: int | None = None,
+    into: Float[Tensor, "probe vocab d"] | None = None,
 ) -> tuple[Float[Tensor, " probe"], Float[Tensor, "probe vocab d"]]:
-    """The weighted mean of -log P(label | state) of each probe, and its gradient (P - Y)' H, a chunk of labels at a
-    time.
+    """The weighted mean of -log P(label | state) of each probe, and its gradient (P - Y)' H.
+
+    One probe after another, so that its logits stay in the processor's cache; where they are more than a chunk of
+    labels, they are computed twice, for the normaliser and for the gradient.
 
     Args:
         weights: of the probes.
@@ -88,16 +91,26 @@ def cross_entropy_gradient(
         labels: one a state.
         kept: the weight of each state, 0 where a probe has no label; those of a probe sum to 1, or all are 0.
         chunk: labels at once; as many as `LOGITS` allows without it.
+        into: gradients to which these are added, in place.
     """
-    normaliser = log_normaliser(weights, states, chunk=chunk)
-    loss = (kept * (normaliser - own_logits(weights, states, labels))).sum(-1)
-    gradient = torch.empty_like(weights)
-    weighted = states * kept[..., None]
-    for part in chunks(weights.shape[1], states, chunk):
-        probability = torch.exp(states @ weights[:, part].mT - normaliser[..., None])
-        gradient[:, part] = probability.mT @ weighted
-    probe = torch.arange(len(weights), device=weights.device)[:, None].expand_as(labels)
-    return loss, gradient.index_put_((probe, labels), -weighted, accumulate=True)
+    gradient = torch.zeros_like(weights) if into is None else into
+    loss = states.new_zeros(len(weights))
+    for i, (w, h, y, k) in enumerate(zip(weights, states, labels, kept, strict=True)):
+        parts = list(chunks(len(w), h[None], chunk))
+        if len(parts) == 1:
+            logits = h @ w.mT
+            top = logits.amax(-1, keepdim=True)
+            total = logits.sub_(top).exp_().sum(-1)
+            normaliser = top[:, 0] + total.log()
+            gradient[i].addmm_(logits.mT, h * (k / total)[:, None])
+        else:
+            normaliser = log_normaliser(w[None], h[None], chunk=chunk)[0]
+            for part in parts:
+                probability = (h @ w[part].mT - normaliser[:, None]).exp_()
+                gradient[i, part].addmm_(probability.mT, h * k[:, None])
+        gradient[i].index_add_(0, y, h * -k[:, None])
+        loss[i] = (k * (normaliser - (w[y] * h).sum(-1))).sum()
+    return loss, gradient
 
 
 @dataclass(eq=False, slots=True)

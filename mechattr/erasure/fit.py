@@ -128,9 +128,10 @@ def _descent(work: Work, recipe: Descent, resume: str | os.PathLike[str] | None)
             states, labels, kept = work.stacked(document)
             some = kept.sum(-1, keepdim=True)
             kept = (kept / some.clamp(min=1)).float()
-            here, slope = cross_entropy_gradient(state.weights, states.float() / state.scale, labels, kept)
+            inputs = states.float() / state.scale
+            here, _ = cross_entropy_gradient(state.weights, inputs, labels, kept, into=state.gradient)
+            state.waiting += 1
             loss, seen = loss + here, seen + (some[:, 0] > 0)
-            state.add(slope)
             if state.waiting == recipe.documents or (recipe.flush and number == len(order)):
                 state.step()
         state.epoch += 1

@@ -116,17 +116,27 @@ def segment(
     return Segmentation({**tensors, "psi": Labelled(scores, ("start", "end"))}, settings=settings, provenance=made)
 
 
-def layers_between(model: HookedModel, probes: ErasureProbes, start: int | None, end: int | None) -> tuple[int, int]:
-    """The two layers between which probabilities drop.
+def default_layers(model: HookedModel, start: int | None, end: int | None) -> tuple[int, int]:
+    """The given layers, or the published 1 and 9 of 32 scaled to this model's depth.
 
     Raises:
-        SettingError: no probes of offsets 0, -1 and -2 there, or an end that does not lie above the start.
+        SettingError: an end that does not lie above the start.
     """
     n = model.info.n_layers
     a = round(START * n / DEPTH) if start is None else start
     b = max(a + 1, round(END * n / DEPTH)) if end is None else end
     if b <= a:
         raise SettingError(f"start={a}, end={b}", "the end does not lie above the start", "give a later end")
+    return a, b
+
+
+def layers_between(model: HookedModel, probes: ErasureProbes, start: int | None, end: int | None) -> tuple[int, int]:
+    """The two layers between which probabilities drop.
+
+    Raises:
+        SettingError: no probes of offsets 0, -1 and -2 there, or an end that does not lie above the start.
+    """
+    a, b = default_layers(model, start, end)
     for layer in (a, b):
         for offset in OFFSETS:
             probes.weights(layer, offset)

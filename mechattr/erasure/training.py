@@ -60,7 +60,9 @@ class Training:
 
     def __post_init__(self) -> None:
         self.gradient = torch.zeros_like(self.weights)
-        self.optimiser = torch.optim.AdamW([self.weights], lr=self.recipe.rate, weight_decay=self.recipe.decay)
+        self.optimiser = torch.optim.AdamW(
+            [self.weights], lr=self.recipe.rate, weight_decay=self.recipe.decay, fused=True
+        )
 
     @classmethod
     def begin(cls, work: Work, recipe: Descent, resume: str | os.PathLike[str] | None) -> Training:
@@ -81,11 +83,6 @@ class Training:
         weights = torch.zeros(work.n_probes, info.d_vocab, info.d_model, device=device)
         return cls(weights, scale, recipe, key)
 
-    def add(self, gradient: Float[Tensor, "probe vocab d_model"]) -> None:
-        """The gradient of one more document."""
-        self.gradient += gradient
-        self.waiting += 1
-
     def step(self) -> None:
         """One step of AdamW with what waits, each probe's gradient clipped by itself."""
         gradient = self.gradient / self.waiting if self.recipe.average else self.gradient
@@ -98,7 +95,8 @@ class Training:
         self.weights.grad = gradient
         self.optimiser.step()
         self.weights.grad = None
-        self.gradient, self.waiting = torch.zeros_like(self.weights), 0
+        self.gradient.zero_()
+        self.waiting = 0
 
     def settle(self) -> None:
         """After an epoch: lowers the rate where held-out losses no longer fall."""
@@ -142,5 +140,5 @@ class Training:
         state = cls(tensors["weights"], scale, recipe, key, **cast(Any, kept))
         state.gradient = tensors["gradient"]
         moments = {name: tensors[name] for name in ("exp_avg", "exp_avg_sq")}
-        state.optimiser.state[state.weights] = {"step": torch.tensor(float(state.steps)), **moments}
+        state.optimiser.state[state.weights] = {"step": torch.tensor(float(state.steps), device=device), **moments}
         return state

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mechattr.vocabulary.clusters import Suspects, communities, suspects
 from mechattr.vocabulary.indicators import INDICATORS, indicator
-from mechattr.vocabulary.reach import CATEGORIES, RoundTrip, consistent, round_trips
+from mechattr.vocabulary.reach import CATEGORIES, RoundTrip, consistent, never_in_text, round_trips
 from mechattr.vocabulary.undertrained import UnderTrained, undertrained
 from mechattr.vocabulary.verify import repetition
 
@@ -17,6 +17,7 @@ __all__ = [
     "communities",
     "consistent",
     "indicator",
+    "never_in_text",
     "repetition",
     "round_trips",
     "suspects",

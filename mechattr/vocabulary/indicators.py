@@ -47,7 +47,7 @@ def indicator(
     if name == "input_norm":
         return embedding.double().norm(dim=-1)
     if not len(unused):
-        fix = "name tokens that the model cannot have seen, such as the padding rows: unused=[...]"
+        fix = "name ids that the model cannot have seen: unused=[...] (--unused), or take by='input_norm' (--by)"
         raise SettingError(f"indicator {name!r}", "no ids that are known to be unused", fix)
     rows = unembedding.double()
     if name == "cosine_centred":

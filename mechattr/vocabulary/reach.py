@@ -20,6 +20,8 @@ CATEGORIES = {
     "missing": "the model has a row for it, the tokenizer no token",
 }
 REACHABLE = ("ok", "special")
+_NEVER = (0xC0, 0xC1, *range(0xF5, 0x100))  # bytes that no UTF-8 text has
+_BYTES = frozenset([*map(chr, _NEVER), *(f"<0x{byte:02X}>" for byte in _NEVER)])  # as tokenizers of bytes write them
 _BEFORE = "«"  # a text before the token, for tokenizers that treat the beginning of a text in their own way
 
 
@@ -76,6 +78,18 @@ def round_trips(model: HookedModel, ids: Sequence[int] | None = None) -> list[Ro
         encoded = alone if len(alone) <= 1 or behind[: len(before)] != before else behind[len(before) :]
         found.append(RoundTrip(token, text, _category(text, encoded, reached, token in special), tuple(encoded)))
     return found
+
+
+def never_in_text(model: HookedModel, trips: Sequence[RoundTrip]) -> list[int]:
+    """Ids that no text can have produced, in training either: rows without a token, and bytes that UTF-8 never uses.
+
+    Args:
+        model: a hooked model with a tokenizer.
+        trips: of `round_trips`.
+    """
+    tokenizer = _tokenizer(model)
+    bare = [t.id for t in trips if t.category == "undecodable" and tokenizer.convert_ids_to_tokens(t.id) in _BYTES]
+    return sorted([*bare, *(trip.id for trip in trips if trip.category == "missing")])
 
 
 def consistent(model: HookedModel, ids: Sequence[int]) -> bool:

@@ -16,7 +16,7 @@ from mechattr.labelled import Labelled
 from mechattr.models.base import HookedModel
 from mechattr.provenance import provenance
 from mechattr.vocabulary.indicators import indicator
-from mechattr.vocabulary.reach import CATEGORIES, REACHABLE, round_trips
+from mechattr.vocabulary.reach import CATEGORIES, REACHABLE, never_in_text, round_trips
 from mechattr.vocabulary.verify import repetition
 
 if TYPE_CHECKING:
@@ -45,6 +45,17 @@ class UnderTrained(Artifact):
     def candidates(self) -> list[int]:
         """The reachable tokens of lowest indicator that were asked about, lowest first."""
         return list(cast(list[int], self.settings["candidates"]))
+
+    @property
+    def calibration(self) -> dict[str, float]:
+        """Where the indicator puts ids that are known to be unused: their number, its mean and largest value among
+        them, and how many reachable tokens lie no higher; empty without such ids."""
+        known, values = cast(list[int], self.settings["unused"]), self.tensors["indicator"].values
+        if not known:
+            return {}
+        low = self.to_pandas()["indicator"] <= float(values[known].max())
+        mean, highest = float(values[known].mean()), float(values[known].max())
+        return {"known": len(known), "mean": mean, "highest": highest, "no_higher": int(low.sum())}
 
     def top(self, k: int) -> list[int]:
         """The k reachable tokens of lowest indicator."""
@@ -114,7 +125,8 @@ def undertrained(
     Args:
         model: a hooked model with a tokenizer.
         by: the indicator; `"input_norm"` for untied and `"cosine"` for tied weights without it.
-        unused: ids known to be unused; without it, rows of the embedding for which the tokenizer has no token.
+        unused: ids known to be unused; without it, rows of the embedding for which the tokenizer has no token, and
+            tokens of bytes that UTF-8 never uses.
         share: of the reachable tokens, how many are asked about.
         verify: ask the model at all.
         shots: examples in each prompt that asks.
@@ -138,7 +150,7 @@ def undertrained(
     categories = [trip.category for trip in trips]
     embedding, unembedding = model.weight("embed.W_E"), model.weight("unembed.W_U").T
     tied = _tied(embedding, unembedding)
-    known = [i for i, name in enumerate(categories) if name == "missing"] if unused is None else list(unused)
+    known = never_in_text(model, trips) if unused is None else list(unused)
     wrong = [i for i in known if not 0 <= i < model.info.d_vocab]
     if wrong:
         found = f"a vocabulary of {model.info.d_vocab}"

@@ -43,6 +43,9 @@ def test_chunks_give_what_all_logits_at_once_give(chunk: int) -> None:
     found, gradient = cross_entropy_gradient(weights, states, labels, kept, chunk=chunk)
     torch.testing.assert_close(found, loss.detach(), **CLOSE)
     torch.testing.assert_close(gradient, expected_gradient, **CLOSE)
+    before = torch.ones_like(weights)
+    cross_entropy_gradient(weights, states, labels, kept, chunk=chunk, into=before)
+    torch.testing.assert_close(before, expected_gradient + 1, **CLOSE)
 
 
 def test_a_gradient_without_its_labels_is_told_apart() -> None:

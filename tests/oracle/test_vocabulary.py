@@ -23,6 +23,7 @@ from mechattr.vocabulary import (
     communities,
     consistent,
     indicator,
+    never_in_text,
     repetition,
     round_trips,
     suspects,
@@ -63,6 +64,9 @@ def test_tokens_whose_text_gives_others_are_unreachable() -> None:
         def decode(self, ids: Sequence[int], **_: Any) -> str:
             return "".join("�" if self.words[i] == "q" else self.words[i] for i in ids)
 
+        def convert_ids_to_tokens(self, token: int) -> str:
+            return self.words[token]
+
         def get_vocab(self) -> dict[str, int]:
             return {word: i for i, word in enumerate(self.words)}
 
@@ -70,6 +74,21 @@ def test_tokens_whose_text_gives_others_are_unreachable() -> None:
     found = [trip.category for trip in round_trips(model)]
     assert found == ["ok", "ok", "unreachable_multi", "ok", "unreachable_single", "undecodable", "ok"]
     assert consistent(model, [0, 1, 3]) and not consistent(model, [0, 2])
+
+
+def test_bytes_that_utf_8_never_uses_are_known_to_be_unused() -> None:
+    model = ma.load("tiny")
+    found = never_in_text(model, round_trips(model))
+    assert model.tokenizer.convert_ids_to_tokens(found) == ["À", "Á", *"õö÷øùúûüýþÿ"]
+    assert not set(found) & set(
+        model.tokenizer("naïve Ørsted 日本 🙂 \xf5")["input_ids"]
+    )  # characters have other bytes
+    result = undertrained(model, verify=False)  # tied weights, which need some
+    assert result.settings["unused"] == found and result.settings["indicator"] == "cosine"
+    values = result.tensors["indicator"].values
+    below = [i for i in result.top(2560) if float(values[i]) <= float(values[found].max())]
+    assert result.calibration["known"] == 13 and result.calibration["no_higher"] == len(below)
+    assert undertrained(model, by="input_norm", unused=[], verify=False).calibration == {}
 
 
 @pytest.mark.parametrize("name", INDICATORS)
