@@ -3,6 +3,7 @@
 #   make test     linters, types, import contract, and the tests at their smallest useful sizes
 #   make verify   the same at full size, with notebooks, circuits and a short run of the benchmarks
 #   make bench    measurements against peers, written to benchmarks/results
+#   make agreement-benchmark   which methods point at the noun that decides the verb: table and figure
 #   make clean    remove what these made
 PYTHON ?= python3
 OMP_NUM_THREADS ?= 2
@@ -13,7 +14,7 @@ BIN := .venv/bin
 INSTALLED := .venv/mechattr-installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test verify bench check clean
+.PHONY: demo test verify bench agreement-benchmark check clean
 .DEFAULT_GOAL := test
 
 demo: $(INSTALLED)
@@ -29,9 +30,13 @@ verify: check
 	for task in ioi greater_than subject_verb gendered_pronoun induction; do $(BIN)/python -m circuits.$$task || exit 1; done
 	$(BIN)/python -m benchmarks --smoke
 	$(BIN)/python -m benchmarks.localisation --quick
+	$(BIN)/python -m circuits.agreement_benchmark --quick
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks
+
+agreement-benchmark: $(INSTALLED)
+	$(BIN)/python -m circuits.agreement_benchmark
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

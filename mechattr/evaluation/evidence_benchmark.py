@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechattr.errors import EmptyTaskError, MismatchError, SettingError
-from mechattr.evaluation.evidence import METRICS, chance
+from mechattr.evaluation.evidence import METRICS, chance, ranks
 from mechattr.evaluation.evidence_result import BASELINES, CHANCE, FIRST, LAST, EvidenceScores
 from mechattr.evaluation.words import Placed, Reduction, of_words, place
 from mechattr.labelled import Labelled
@@ -86,6 +86,8 @@ def evidence_benchmark(
     for metric, measure in METRICS.items():
         rows = [by_chance[metric] if name == CHANCE else measure(relevance[name], evidence, counted) for name in names]
         tensors[metric] = Labelled(torch.from_numpy(np.stack(rows)), ("method", "sample"), {"method": names})
+    first = np.stack([_first(scored, relevance[name], evidence, counted) for name in relevance])
+    tensors["first"] = Labelled(torch.from_numpy(first), ("method", "sample"), {"method": list(relevance)})
     settings: dict[str, Any] = {
         "n_given": len(samples),
         "skipped": dict(placed.skipped),
@@ -142,6 +144,17 @@ def _marks(placed: Placed, phrase: bool) -> tuple[np.ndarray, np.ndarray]:
         counted[row, list({*sample.secondary, *sample.evidence_plus} - set(chosen))] = False
         evidence[row, list(chosen)] = True
     return evidence, counted
+
+
+def _first(placed: Placed, relevance: np.ndarray, evidence: np.ndarray, counted: np.ndarray) -> np.ndarray:
+    """Of each sample the kind of the word that is ranked first, as a number of `PLACES`; -1 without a rank."""
+    rank = ranks(relevance, evidence, counted)
+    found = np.full(len(rank), -1)
+    for row in np.flatnonzero(np.isfinite(rank).any(1)):
+        top, sample = int(np.nanargmin(rank[row])), placed.samples[row]
+        kinds = (evidence[row, top], top in sample.attractors, top == len(sample.words) - 1, True)
+        found[row] = kinds.index(True)
+    return found
 
 
 def _orders(placed: Placed) -> tuple[np.ndarray, np.ndarray]:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 CHANCE, FIRST, LAST = "chance", "first words", "last words"
 BASELINES = (CHANCE, FIRST, LAST)
+PLACES = ("evidence", "attractor", "last word", "another word")
 WIDTH = 4  # values of a stratum, where a factor has many
 RESAMPLES = 1000  # of an interval
 MOST = 6  # different numbers that are strata of their own
@@ -29,9 +30,10 @@ class EvidenceScores(Artifact):
 
     `tensors` holds `PG_1`, `PG_2`, `MRR`, `RMA` and `RRA`, each [method, sample], NaN where a metric is undefined. The
     last three methods are baselines: `"chance"` (what a random order gives on average), `"first words"` and `"last
-    words"` (the words in the order of the prompt, and in reverse). `settings` holds `n_given` samples, those `skipped`
-    (by reason), `n_fit` (that fit the tokenizer), `n_right` (that the model gets right: these are scored), and the
-    `factors` of each scored sample, `length` (words of the prompt) among them.
+    words"` (the words in the order of the prompt, and in reverse). `first` [method, sample], not for chance, has the
+    kind of the word that is ranked first, as a number of `PLACES`, -1 where none is. `settings` holds
+    `n_given` samples, those `skipped` (by reason), `n_fit` (that fit the tokenizer), `n_right` (that the model gets
+    right: these are scored), and the `factors` of each scored sample, `length` (words of the prompt) among them.
     """
 
     kind = "evidence"
@@ -102,7 +104,7 @@ class EvidenceScores(Artifact):
                 for metric in metrics:
                     drawn = self.values(method, metric)[index]
                     defined = drawn[np.isfinite(drawn)]
-                    low, high = interval(defined, _mean, resamples=RESAMPLES) if len(defined) else (np.nan, np.nan)
+                    low, high = interval(defined, np.mean, resamples=RESAMPLES) if len(defined) else (np.nan, np.nan)
                     rows.append(
                         {
                             "method": method, "metric": metric, "stratum": stratum, "mean": _mean(defined), "low": low,
@@ -111,7 +113,21 @@ class EvidenceScores(Artifact):
                     )  # fmt: skip
         return pd.DataFrame(rows)
 
-    def plot(self, metric: str = "PG_1", ax: Axes | None = None) -> Axes:
+    def first_places(self) -> pd.DataFrame:
+        """Which words methods rank first: one row a method, shares of the scored samples by kind of word.
+
+        Columns: `PLACES`; a word that is evidence or an attractor is not counted as the last word.
+        """
+        import pandas as pd
+
+        kinds = self.tensors["first"]
+        shares = {
+            method: [float((kinds.sel(method=method).values == place).double().mean()) for place in range(len(PLACES))]
+            for method in map(str, kinds.coords["method"])
+        }
+        return pd.DataFrame.from_dict(shares, orient="index", columns=list(PLACES))
+
+    def plot(self, metric: str = "PG_1", ax: Axes | None = None, *, title: str = "", legend: bool = True) -> Axes:
         """Draws the mean of a metric by method, with intervals and the baselines; see `mechattr.draw.dots`."""
         from mechattr import draw
 
@@ -120,7 +136,9 @@ class EvidenceScores(Artifact):
         value, low, high = (table[column].to_numpy()[: len(names)] for column in ("mean", "low", "high"))
         references = dict(zip(BASELINES, table["mean"].tolist()[len(names) :], strict=True))
         ax = draw.pyplot_axes(*draw.dots_size(len(names))) if ax is None else ax
-        return draw.dots(value, names, low=low, high=high, references=references, label=metric, ax=ax)
+        return draw.dots(
+            value, names, low=low, high=high, references=references, label=metric, title=title, legend=legend, ax=ax
+        )
 
     @property
     def summary(self) -> str:

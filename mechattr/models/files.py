@@ -16,7 +16,7 @@ from mechattr.errors import MechattrError, SettingError, UnknownModelError
 from mechattr.models.families import FAMILIES, Family
 
 PACKAGE = Path(__file__).resolve().parent.parent
-BUNDLED = ("tiny",)
+BUNDLED = ("tiny", "agreement-gpt2", "agreement-llama")
 
 
 def bundled_path(name: str) -> Path:

@@ -47,8 +47,8 @@ def load(
     """A hooked model.
 
     Args:
-        source: `"tiny"` (the bundled model), a folder, a hub name, a loaded transformers model, a hooked model, a
-            `TransformerBridge`, or a model of nnsight.
+        source: a bundled model (`"tiny"`, `"agreement-gpt2"`, `"agreement-llama"`), a folder, a hub name, a loaded
+            transformers model, a hooked model, a `TransformerBridge`, or a model of nnsight.
         tokenizer: a tokenizer object, a folder or a name, or the processor object of a vision-language model; by
             default what is beside the weights.
         backend: `"hf"`; `"plain"` for a copy of a GPT-2 or Llama in plain torch; `"transformer_lens"` for a bridge, or

@@ -260,6 +260,21 @@ def found_samples(found: EvidenceScores, given: tuple[EvidenceSample, ...], mode
     return kept
 
 
+def test_the_kind_of_the_first_word_is_told(tiny: object) -> None:
+    """Evidence before attractor before last word; a tie goes against the evidence."""
+    given = [sample("The clerk near guests", attractors=(3,)), sample("The clerk often")]
+    methods = {f"at {i}": pointing_at(i) for i in range(4)} | {"nowhere": lambda *args: 0 * pointing_at(0)(*args)}
+    methods["undefined"] = lambda *args: torch.full(args[1].tokens.shape, float("nan"))
+    found = ma.evaluation.evidence_benchmark(tiny, given[:1], methods).first_places()
+    kinds = {"at 0": "another word", "at 1": "evidence", "at 2": "another word", "at 3": "attractor"}
+    for name, kind in {**kinds, "nowhere": "another word", "first words": "another word"}.items():
+        assert found.loc[name].to_dict() == {place: float(place == kind) for place in found}
+    assert found.loc["undefined"].sum() == 0
+    assert "chance" not in found.index
+    alone = ma.evaluation.evidence_benchmark(tiny, given[1:], {}).first_places()
+    assert alone.loc["last words"].to_dict() == {"evidence": 0, "attractor": 0, "last word": 1, "another word": 0}
+
+
 def test_magnitudes_are_ranked_when_asked_for(tiny: object) -> None:
     given = [sample("The clerk often")]
     methods = {"negative": lambda *args: -pointing_at(1)(*args)}

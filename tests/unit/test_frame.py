@@ -129,7 +129,7 @@ def test_every_package_is_in_the_wheel(root: Path) -> None:
     assert set(packages) == found | {"mechattr._data"}
 
 
-def test_a_wheel_carries_the_bundled_model(root: Path, tmp_path: Path) -> None:
+def test_a_wheel_carries_the_bundled_models(root: Path, tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
@@ -144,12 +144,15 @@ def test_a_wheel_carries_the_bundled_model(root: Path, tmp_path: Path) -> None:
         archive.extractall(installed)
     assert {path.name for path in installed.iterdir() if path.suffix != ".dist-info"} == {"mechattr"}
     assert {path.name for path in (installed / "mechattr/_data").iterdir()} == {"models"}
-    code = "import mechattr as ma; print(ma.__file__); print(len(ma.load('tiny').tokenize(['The cat']).tokens))"
+    code = (
+        "import mechattr as ma; from mechattr.models.files import BUNDLED; print(ma.__file__)\n"
+        "for name in BUNDLED: print(len(ma.load(name).tokenize(['The cat']).tokens))"
+    )
     environment = {**os.environ, "PYTHONPATH": str(installed)}
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path, env=environment
     )
-    assert run.stdout.split() == [str(installed / "mechattr/__init__.py"), "1"]
+    assert run.stdout.split() == [str(installed / "mechattr/__init__.py"), "1", "1", "1"]
 
 
 def test_constraints_pin_every_requirement(root: Path) -> None:

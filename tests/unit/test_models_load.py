@@ -155,7 +155,7 @@ def test_folders_that_cannot_be_used_say_why(folder, tmp_path):
             load(broken(folder, tmp_path / str(i), **files))
     for name, text in (
         ("./nowhere", "no such folder"),
-        ("nobody/nothing", "bundled: tiny; else give a folder or a hub"),
+        ("nobody/nothing", "bundled: tiny, agreement-gpt2, agreement-llama; else give a folder or a hub"),
     ):
         with pytest.raises(UnknownModelError, match=text):
             load(name)
