@@ -30,7 +30,12 @@ WORD_LEVEL = ("agreement-gpt2", "agreement-llama")
 MODELS = (*WORD_LEVEL, "tiny")
 PARADIGM = Path("eval/blimp_with_targets/distractor_agreement_relational_noun.csv")
 SEED, QUICK = 0, 24
-STRATA = {"length": "words of the prompt", "n_attractors": "attractors", "attractor_number": "number of the attractors"}
+STRATA = {
+    "length": "words of the prompt",
+    "n_attractors": "attractors",
+    "attractor_number": "number of the attractors",
+    "number": "number of the subject",
+}
 
 INTRODUCTION = """\
 Written by `python -m circuits.agreement_benchmark`; what the columns mean stands in
@@ -69,7 +74,13 @@ def scores(name: str, samples: Any) -> EvidenceScores:
 
 def section(name: str, result: EvidenceScores, samples: Any) -> str:
     """The tables of one model."""
-    parts = [f"## {name}", counts(result), writers(name, samples), table(result), f"Which word is first:\n\n{first_places(result)}"]
+    parts = [
+        f"## {name}",
+        counts(result),
+        writers(name, samples),
+        table(result),
+        f"Which word is first:\n\n{first_places(result)}",
+    ]
     parts += [f"PG_1 by {label}:\n\n{strata(result, by)}" for by, label in STRATA.items()]
     return "\n\n".join(parts)
 
