@@ -163,7 +163,8 @@ def _members(rows: Prompt, sources: Mapping[str, Sequence[int]] | None) -> Float
     if not sources or not all(len(places) for places in sources.values()):
         raise SettingError(f"sources={dict(sources)!r}", "no positions", 'name some, such as {"subject": [3, 4]}')
     found = torch.zeros(len(rows), len(sources), rows.batch.tokens.shape[1], device=rows.batch.device)
+    each = torch.arange(len(rows), device=found.device)
     for place, positions in enumerate(sources.values()):
         for position in positions:
-            found[torch.arange(len(rows)), place, rows.batch.columns(position)] = 1
+            found[each, place, rows.batch.columns(position)] = 1
     return found

@@ -75,11 +75,13 @@ def _layers(table: Labelled, strings: list[str], label: str, ax: Axes | None) ->
     names = [str(entry) for entry in table.coords[axis]]
     if axis in _OVER_TOKENS:
         names = [spell(strings[place], longest=10) for place in range(n)]
+    cell = min(max(0.42, 1.8 / n), 7.5 / n)
     if ax is None:
-        ax = pyplot_axes(min(max(0.42 * n, 2.0) + 2.0, 9.5), 1.5 + 0.3 * table.shape[0])
+        ax = pyplot_axes(n * cell + 2.0, 1.9 + 0.3 * table.shape[0])
     layers = [int(layer) for layer in table.coords["layer"]]
     drawn = head_map(array(table), label=label, layers=layers, column=axis, n_outlined=0, ax=ax)
     ticks = list(range(0, n, math.ceil(n / MAX_TICKS)))
-    drawn.set_xticks(ticks, [names[place] for place in ticks], rotation=0 if axis == "head" else 90)
+    upright = max(map(len, names)) * 0.08 > cell * len(names) / len(ticks)
+    drawn.set_xticks(ticks, [names[place] for place in ticks], rotation=90 if upright else 0)
     drawn.set_xlabel({"pos": "source token"}.get(axis, axis))
     return drawn

@@ -14,7 +14,6 @@ from mechattr.draw.style import (
     SMALL_POINTS,
     TICK_POINTS,
     array,
-    colour_bar,
     colours,
     ink_on,
     limits,
@@ -70,6 +69,7 @@ def named_bars(names: Sequence[str], values: np.ndarray, label: str, ax: Axes | 
 
 
 def _strip(names: Sequence[str], values: np.ndarray, label: str, ax: Axes | None = None) -> Axes:
+    from matplotlib.cm import ScalarMappable
     from matplotlib.patches import Rectangle
 
     bounds = limits(values)
@@ -84,7 +84,7 @@ def _strip(names: Sequence[str], values: np.ndarray, label: str, ax: Axes | None
             places.append((line, left, width))
             left += width
         if ax is None:
-            ax = pyplot_axes(WIDTH + 1.1, max(0.32 * (line + 1), 1.0) + 0.2)
+            ax = pyplot_axes(WIDTH + 0.2, 0.32 * (line + 1) + 0.85)
         for name, value, (row, start, width) in zip(names, values, places, strict=True):
             rgba = cmap(norm(value) if math.isfinite(value) else math.nan)
             ax.add_patch(
@@ -97,5 +97,11 @@ def _strip(names: Sequence[str], values: np.ndarray, label: str, ax: Axes | None
         ax.set(xlim=(0, room), ylim=(line + 0.6, -0.6), xticks=[], yticks=[])
         for spine in ax.spines.values():
             spine.set_visible(False)
-        colour_bar([ax], cmap, norm, label, bounds, gaps=not np.isfinite(values).all())
+        bar = ax.figure.figure.colorbar(
+            ScalarMappable(norm, cmap), ax=ax, orientation="horizontal", shrink=0.5, aspect=28, pad=0.12 / (line + 1),
+            extend="both" if bounds.n_clipped else "neither",
+        )  # fmt: skip
+        notes = [bounds.note] * bool(bounds.n_clipped) + ["grey: not measured"] * (not np.isfinite(values).all())
+        bar.set_label("; ".join([label, *notes]))
+        bar.outline.set_linewidth(0.6)
     return ax

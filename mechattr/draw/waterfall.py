@@ -83,21 +83,21 @@ def _rows(names: Sequence[str], values: Sequence[float]) -> list[Row]:
     heads = sorted((row for row in rows if _is_head(row[0])), key=lambda row: -abs(row[1]))
     kept = {name for name, _ in heads[:HEADS]}
     found: list[Row] = []
-    biases = 0.0
+    biases: list[float] = []
+    last = 0  # row after the last layer
     for layer, group in groupby(rows, key=lambda row: _layer(row[0])):
         members = list(group)
-        small = [value for name, value in members if _is_head(name) and name not in kept]
-        others = [row for row in members if not _is_head(row[0]) or row[0] in kept]
         if layer is None:
-            found += others
+            found += members
             continue
-        biases += sum(value for name, value in others if name.startswith("b_"))
-        others = [row for row in others if not row[0].startswith("b_")]
-        at = sum(_is_head(name) for name, _ in others)
-        merged = [(f"L{layer}, {len(small)} other heads", sum(small))] if small else []
-        found += [*others[:at], *merged, *others[at:]]
-    last = max(place for place, (name, _) in enumerate(found) if _layer(name) is not None)
-    return [*found[: last + 1], ("biases of layers", biases), *found[last + 1 :]]
+        biases += [value for name, value in members if name.startswith("b_")]
+        members = [row for row in members if not row[0].startswith("b_")]
+        small = [value for name, value in members if _is_head(name) and name not in kept]
+        found += [row for row in members if row[0] in kept]
+        found += [(f"L{layer}, {len(small)} other heads", sum(small))] if small else []
+        found += [row for row in members if not _is_head(row[0])]
+        last = len(found)
+    return [*found[:last], *([("biases of layers", sum(biases))] if biases else []), *found[last:]]
 
 
 def _is_head(name: str) -> bool:
