@@ -30,7 +30,9 @@ SHORT = {"dla": "direct_logit_attribution", "routes": "information_flow_routes"}
 Model = Annotated[str, typer.Option(help='"tiny" (bundled), a folder, or a name on the model hub.')]
 Prompt = Annotated[str, typer.Option(help="The text.")]
 Foil = Annotated[str | None, typer.Option(help="A token whose logit is subtracted from the target's.")]
-Out = Annotated[Path | None, typer.Option(help="Folder for the artifact, the table as CSV and the figure.")]
+Out = Annotated[
+    Path | None, typer.Option(help="Folder for the artifact, the table as CSV, the figure, and a page of routes.")
+]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps, ...")]
 Dtype = Annotated[str | None, typer.Option(help="float32, float64, bfloat16, ...")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a result made with other settings.")]
@@ -164,11 +166,12 @@ def _load(model: str, device: str | None, dtype: str | None) -> Any:
 
 
 def _written(result: Decomposition, name: str, out: Path, overwrite: bool) -> list[str]:
-    """Writes the artifact, the table and the figure of a result."""
+    """Writes the artifact, the table and the figure of a result, and the interactive page of routes."""
     import matplotlib
 
     from mechattr import draw
     from mechattr.artifact import open as open_artifact
+    from mechattr.decomposition.routes import Routes
 
     matplotlib.use("agg")
     artifact = out / f"{name}.safetensors"
@@ -183,7 +186,11 @@ def _written(result: Decomposition, name: str, out: Path, overwrite: bool) -> li
     result.to_pandas().to_csv(out / f"{name}.csv", index=False)
     figure = result.plot().figure
     draw.save(cast(Any, figure), out / f"{name}.png")
-    return [str(out / f"{name}.{kind}") for kind in ("safetensors", "csv", "png")]
+    kinds = ["safetensors", "csv", "png"]
+    if isinstance(result, Routes):
+        (out / f"{name}.html").write_text(result.page(), encoding="utf-8")
+        kinds.append("html")
+    return [str(out / f"{name}.{kind}") for kind in kinds]
 
 
 def _document(result: Decomposition, frame: pd.DataFrame, name: str, files: list[str]) -> dict[str, Any]:

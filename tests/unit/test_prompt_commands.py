@@ -42,13 +42,14 @@ def test_every_method_runs_and_writes_what_it_found(name: str, tmp_path: Path, c
     assert run("decompose", "--prompt", TEXT, "--method", name, "--out", tmp_path, *targets, "--json") == 0
     document = json.loads(capsys.readouterr().out)
     assert document["method"] == name
-    assert [Path(file).name for file in document["files"]] == [
-        f"{name}.{kind}" for kind in ("safetensors", "csv", "png")
-    ]
+    kinds = ["safetensors", "csv", "png", *(["html"] if name == "information_flow_routes" else [])]
+    assert [Path(file).name for file in document["files"]] == [f"{name}.{kind}" for kind in kinds]
     result = ma.open(tmp_path / f"{name}.safetensors")
     assert result.settings["strings"][0] == document["settings"]["strings"][0]  # type: ignore[index, call-overload]
     assert len(pd.read_csv(tmp_path / f"{name}.csv")) == len(document["table"]) > 0
     assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+    if "html" in kinds:
+        assert (tmp_path / f"{name}.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
 
 
 def test_components_are_shown_with_their_sum(capsys: Output) -> None:
