@@ -127,7 +127,7 @@ def _edits(name: str, op: Steer, positions: Positions, batch: Batch) -> list[Edi
             for row in range(len(batch))
             if bool(mask[row].any())
         ]
-    where: Any = WORDS[positions] if isinstance(positions, str) else [int(p) for p in positions]
+    where: Any = WORDS[positions] if isinstance(positions, str) else torch.as_tensor(positions).tolist()
     return [Edit(name, op, positions=where)]
 
 
@@ -162,9 +162,13 @@ def _multiplier(given: float | Sequence[float] | Tensor) -> Tensor:
 def _check_positions(given: Positions) -> None:
     if isinstance(given, str) and given not in WORDS:
         raise SettingError(f"positions={given!r}", "no such place", nearest(given, WORDS))
+    fix = "give one of " + ", ".join(map(repr, WORDS)) + ", position numbers, or a mask"
     if not isinstance(given, str | Sequence | Tensor):
-        fix = "give one of " + ", ".join(map(repr, WORDS)) + ", position numbers, or a mask"
         raise SettingError(f"positions={given!r}", f"a {type(given).__name__}", fix)
+    numbers = given.tolist() if isinstance(given, Tensor) and given.ndim == 1 else given
+    listed = not isinstance(numbers, str | Tensor)
+    if listed and any(isinstance(p, bool) or not isinstance(p, int) for p in numbers):
+        raise SettingError(f"positions={given!r}", "something else than whole numbers", fix)
 
 
 def _fitting(vector: SteeringVector, model: HookedModel) -> Mapping[str, Tensor]:

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from mechattr.errors import SettingError, nearest
 from mechattr.models.base import Batch, HookedModel
-from mechattr.sites import expand, full_name, parse, site_spec
+from mechattr.sites import Node, expand, full_name, parse, site_spec
 
 POSITIONS = ("last", "mean")
+Sites = str | Sequence[str | Node] | None
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -54,8 +55,8 @@ def check_pairs(pairs: Any) -> list[tuple[str, str]]:
     return [(pair[0], pair[1]) for pair in given]
 
 
-def chosen_sites(model: HookedModel, layers: Sequence[int] | None, sites: str | Sequence[str] | None) -> list[str]:
-    """Full site names: `resid_post` of some layers, or sites by name.
+def chosen_sites(model: HookedModel, layers: Sequence[int] | None, sites: Sites) -> list[str]:
+    """Full site names: `resid_post` of some layers, or sites by name or of nodes.
 
     Raises:
         SettingError: both or neither, a layer that does not exist, or a site whose vectors cannot be added to.
@@ -63,7 +64,7 @@ def chosen_sites(model: HookedModel, layers: Sequence[int] | None, sites: str | 
     """
     if (layers is None) == (sites is None):
         raise SettingError(
-            "where to steer", "layers and sites" * (layers is not None), "give layers= or sites=, not both"
+            "where to steer", "neither" if layers is None else "layers and sites", "give layers= or sites=, not both"
         )
     if layers is not None:
         n = model.info.n_layers
@@ -73,7 +74,10 @@ def chosen_sites(model: HookedModel, layers: Sequence[int] | None, sites: str | 
             found = f"a model with layers 0 to {n - 1}"
             raise SettingError(f"layers={given}", found, "name existing layers")
         return [full_name("resid_post", layer) for layer in dict.fromkeys(given)]
-    names = list(dict.fromkeys(expand(sites or (), model.sites())))
+    asked = [sites] if isinstance(sites, str) else list(sites or ())
+    if not asked:
+        raise SettingError("where to steer", "no sites", "name at least one")
+    names = expand([full_name(x.site, x.layer) if isinstance(x, Node) else x for x in asked], model.sites())
     for name in names:
         axes = site_spec(name).axes
         if axes[:2] != ("batch", "pos") or len(axes) < 3:
@@ -107,16 +111,14 @@ def sides(
     Cost:
         2 forward passes a pair.
     """
-    if isinstance(positions, bool) or (not isinstance(positions, int) and positions not in POSITIONS):
-        raise SettingError(f"positions={positions!r}", "no such place", nearest(str(positions), POSITIONS))
     for begin in range(0, len(pairs), batch_size):
         part = pairs[begin : begin + batch_size]
         batch = model.tokenize([text for side in range(2) for text in (pair[side] for pair in part)])
         cache = model.run(batch, record=sites).activations
         found = []
         for site in sites:
-            picked = _picked(cache[site].values, batch, positions).flatten(1)
-            found.append(Sides(site, *picked.split(len(part))))
+            both = picked(cache[site].values, batch, positions).flatten(1)
+            found.append(Sides(site, *both.split(len(part))))
         yield found
 
 
@@ -126,7 +128,14 @@ def shape_at(model: HookedModel, site: str) -> tuple[int, ...]:
     return tuple(sizes[axis] for axis in site_spec(site).axes[2:])
 
 
-def _picked(x: Float[Tensor, "row pos ..."], batch: Batch, positions: str | int) -> Tensor:
+def picked(x: Float[Tensor, "row pos ..."], batch: Batch, positions: str | int) -> Float[Tensor, "row ..."]:
+    """The activations at the last token, at one position, or their mean over all tokens, in float32 or wider.
+
+    Raises:
+        SettingError: no such positions, or one that a row does not have.
+    """
+    if isinstance(positions, bool) or (not isinstance(positions, int) and positions not in POSITIONS):
+        raise SettingError(f"positions={positions!r}", "no such place", nearest(str(positions), POSITIONS))
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     if positions == "mean":
         mask = batch.mask.reshape(*batch.mask.shape, *([1] * (x.ndim - 2)))

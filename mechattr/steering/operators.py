@@ -56,16 +56,18 @@ def clamp(
 def angular(
     x: Float[Tensor, "row pos d"], v: Float[Tensor, " d"], multiplier: Float[Tensor, "row 1 1"]
 ) -> Float[Tensor, "row pos d"]:
-    """x turned towards v within their plane, by the share m of the angle between them; its length stays."""
+    """x turned towards v within their plane, by the share m of the angle between them; its length stays. Where there is
+    no plane (x along v, or no v) x stays."""
     u, length = unit(v), x.norm(dim=-1, keepdim=True)
     tiny = torch.finfo(x.dtype).tiny
     along = x / length.clamp(min=tiny)
     cosine = (along @ u).clamp(-1, 1)[..., None]
     across = u - cosine * along  # what of v is at a right angle to x
-    across = across / across.norm(dim=-1, keepdim=True).clamp(min=tiny)
+    apart = across.norm(dim=-1, keepdim=True)
+    across = across / apart.clamp(min=tiny)
     angle = multiplier * torch.acos(cosine)
     turned = length * (along * torch.cos(angle) + across * torch.sin(angle))
-    return torch.where(multiplier == 0, x, turned)
+    return torch.where((multiplier == 0) | (apart == 0), x, turned)
 
 
 def scale(

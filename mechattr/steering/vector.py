@@ -14,7 +14,7 @@ from mechattr.base import Artifact
 from mechattr.errors import MismatchError, SettingError
 from mechattr.labelled import Labelled
 from mechattr.provenance import JSON
-from mechattr.sites import parse, site_spec
+from mechattr.sites import Node, full_name, parse, site_spec
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -79,17 +79,29 @@ class SteeringVector(Artifact):
 
         return apply(self, model, multiplier, positions, operator, gate)
 
-    def only(self, sites: Sequence[str]) -> Self:
-        """The same vector at some of its sites.
+    def only(self, sites: str | Sequence[str | Node]) -> Self:
+        """The same vector at some of its sites, by full name, or at some nodes, such as `result.top(10)`: directions of
+        other heads or neurons become 0, which `apply` leaves alone. Where a node is at a position does not matter here.
 
         Raises:
-            SettingError: a site that it does not have.
+            SettingError: a site, head or neuron that it does not have.
         """
-        missing = [name for name in sites if name not in self.tensors]
-        if missing or not sites:
-            found = f"a vector at {', '.join(self.sites)}"
-            raise SettingError(f"the direction at {missing[0] if missing else 'no site'}", found, "name some of these")
-        return self._with({name: self.tensors[name].values for name in sites})
+        kept: dict[str, Tensor] = {}
+        has = f"a vector at {', '.join(self.sites)}"
+        for given in [sites] if isinstance(sites, str) else sites:
+            name = full_name(given.site, given.layer) if isinstance(given, Node) else given
+            if name not in self.tensors:
+                raise SettingError(f"the direction at {name}", has, "name some of these")
+            values = self.tensors[name].values
+            part = (given.neuron if given.head is None else given.head) if isinstance(given, Node) else None
+            if part is not None and part not in range(len(values)):
+                raise SettingError(f"the direction of {given}", f"{len(values)} at {name}", "count from 0")
+            mask = kept.setdefault(name, torch.zeros(len(values), dtype=torch.bool, device=values.device))
+            mask[slice(None) if part is None else part] = True
+        if not kept:
+            raise SettingError("the direction at no site", has, "name some of these")
+        whole = {name: (self.tensors[name].values, mask) for name, mask in kept.items()}
+        return self._with({n: x * mask.reshape(-1, *[1] * (x.ndim - 1)) for n, (x, mask) in whole.items()})
 
     def normalised(self) -> Self:
         """The same directions at length 1; directions of length 0 stay."""

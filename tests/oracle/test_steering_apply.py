@@ -164,6 +164,10 @@ def test_operators_are_their_formulas() -> None:
     turned = angular(x, v, torch.ones_like(m))
     torch.testing.assert_close(turned / turned.norm(dim=-1, keepdim=True), (v / v.norm()).expand_as(x), **close)
     torch.testing.assert_close(angular(x, v, m).norm(dim=-1), x.norm(dim=-1), **close)
+    for opposite in (torch.zeros_like(v), -torch.eye(7)[0].double()):  # nothing says where to turn
+        assert torch.equal(
+            angular(torch.eye(7).double()[:1].expand(2, 1, 7), opposite, m)[0, 0], torch.eye(7).double()[0]
+        )
     zero = torch.zeros_like(m)
     for name in ("add", "norm_preserving", "angular"):
         assert torch.equal(OPERATORS[name](x, v, zero), x), name
@@ -204,6 +208,8 @@ def test_what_does_not_fit_is_refused() -> None:
     cases: list[tuple[dict[str, Any], str]] = [
         ({"operator": "addd"}, "operator='addd'\n  found: no such operator\n  fix: did you mean 'add'"),
         ({"positions": "promt"}, "did you mean 'prompt'"),
+        ({"positions": [1.5]}, r"positions=\[1.5\]\n  found: something else than whole numbers"),
+        ({"positions": [True, False]}, "something else than whole numbers"),
         ({"multiplier": float("nan")}, "multiplier=nan"),
         ({"gate": 1}, "steering has no gates yet"),
     ]
