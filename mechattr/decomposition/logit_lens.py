@@ -12,7 +12,7 @@ from torch import Tensor
 from mechattr.decomposition.lens_result import Lens
 from mechattr.decomposition.prompt import prompt_of
 from mechattr.decomposition.target import Target, Token, target_of
-from mechattr.decomposition.vocabulary import last_stream, pieces, read_out, summary
+from mechattr.decomposition.vocabulary import last_stream, log_probabilities, pieces, read_out, summary
 from mechattr.errors import SettingError
 from mechattr.models.base import Batch, HookedModel
 from mechattr.models.tokenize import decode_token
@@ -135,12 +135,13 @@ def _tables(
     for rows, columns in pieces(*final.shape):
         ids = None if target is None else target.ids[rows]
         foils = None if target is None or target.foils is None else target.foils[rows]
+        log_q = log_probabilities(final[rows, columns])
         for place, (name, stream) in enumerate(read.items()):
             x = stream[rows, columns]
             if tuned is not None:
                 x = tuned.translate(name, x)
             logits = final[rows, columns] if name == last_stream(model) else read_out(model, x).logits
-            for table, values in summary(logits, final[rows, columns], k, ids, foils).items():
+            for table, values in summary(logits, log_q, k, ids, foils).items():
                 if table not in tables:
                     shape = (len(final), len(read), final.shape[1], *values.shape[2:])
                     tables[table] = values.new_zeros(shape)

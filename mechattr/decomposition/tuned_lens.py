@@ -16,7 +16,7 @@ from torch import Tensor
 from mechattr.base import Artifact
 from mechattr.decomposition.logit_lens import streams
 from mechattr.decomposition.prompt import prompt_of
-from mechattr.decomposition.vocabulary import kl, last_stream, read_out
+from mechattr.decomposition.vocabulary import kl, last_stream, log_probabilities, read_out
 from mechattr.errors import MismatchError, SettingError, nearest
 from mechattr.labelled import Labelled
 from mechattr.models.base import Batch, HookedModel
@@ -159,7 +159,7 @@ class _Seen:
 
     def divergence(self, logits: Float[Tensor, "batch pos d_vocab"]) -> Float[Tensor, " batch"]:
         """KL(model || lens), summed over real tokens."""
-        return kl(self.log_p, logits.to(self.log_p.dtype).log_softmax(-1)).masked_fill(~self.real, 0).sum(1)
+        return kl(self.log_p, log_probabilities(logits)).masked_fill(~self.real, 0).sum(1)
 
 
 def _seen(model: HookedModel, names: Sequence[str], texts: Sequence[str], max_tokens: int) -> Iterator[_Seen]:
@@ -167,7 +167,7 @@ def _seen(model: HookedModel, names: Sequence[str], texts: Sequence[str], max_to
     whole = prompt_of(model, texts).batch
     batch = Batch.of(whole.tokens[:, :max_tokens], whole.mask[:, :max_tokens])
     run = model.run(batch, record=names)
-    log_p = run.logits.to(torch.promote_types(run.logits.dtype, torch.float32)).log_softmax(-1)
+    log_p = log_probabilities(run.logits)
     for name in names:
         yield _Seen(run.activations[name].values.masked_fill(~batch.mask[..., None], 0), batch.mask, log_p)
 

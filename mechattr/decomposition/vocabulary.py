@@ -43,15 +43,14 @@ def pieces(rows: int, columns: int, d_vocab: int) -> Iterator[tuple[slice, slice
 
 def summary(
     logits: Float[Tensor, "batch pos d_vocab"],
-    final: Float[Tensor, "batch pos d_vocab"],
+    log_q: Float[Tensor, "batch pos d_vocab"],
     k: int,
     ids: Int[Tensor, " batch"] | None,
     foils: Int[Tensor, " batch"] | None,
 ) -> dict[str, Float[Tensor, "batch pos ..."]]:
-    """What is kept of logits: KL to the final prediction, the k likeliest tokens, and where a target stands."""
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    logits = logits.to(wide)
-    log_p, log_q = logits.log_softmax(-1), final.to(wide).log_softmax(-1)
+    """What is kept of logits: KL to the prediction q, the k likeliest tokens, and where a target stands."""
+    logits = logits.to(log_q.dtype)
+    log_p = logits.log_softmax(-1)
     top = log_p.topk(k)
     found = {
         "score/kl": kl(log_p, log_q),
@@ -67,8 +66,13 @@ def summary(
     logit = of(logits, ids)
     found["score/logit"] = (logit if foils is None else logit - of(logits, foils))[..., 0]
     found["score/probability"] = of(log_p, ids)[..., 0].exp()
-    found["score/rank"] = 1 + (logits > logit).sum(-1).to(wide)
+    found["score/rank"] = 1 + (logits > logit).sum(-1).to(logits.dtype)
     return found
+
+
+def log_probabilities(logits: Float[Tensor, "... d_vocab"]) -> Float[Tensor, "... d_vocab"]:
+    """Log-softmax in float32 or wider."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
 
 def kl(log_p: Float[Tensor, "... d_vocab"], log_q: Float[Tensor, "... d_vocab"]) -> Float[Tensor, "..."]:
