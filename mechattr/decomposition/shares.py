@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 from mechattr.artifact import Cache
 from mechattr.decomposition.parts import AttentionParts, MlpParts, mlp_sites
@@ -15,7 +15,10 @@ from mechattr.errors import UnsupportedFeatureError
 from mechattr.models.base import HookedModel
 from mechattr.sites import full_name
 
-_ENTRIES = 1 << 20  # of the vectors that are in memory at once
+_ENTRIES = {
+    "cpu": 1 << 18,
+    "cuda": 1 << 24,
+}  # of vectors that are in memory at once: what caches hold, what fills a GPU
 _FLOOR, _SHIFT = 1e-5, 1e-6  # of the published tool
 
 
@@ -52,10 +55,31 @@ def proximity(
         compat: as the published tool has it: max(1e-5, ...) and 1e-6 added to each difference.
     """
     y = whole[:, None]
-    # the same kernel for both, so that a part that is 0 gets exactly 0
-    size = torch.cdist(torch.zeros_like(y), y, p=1)
-    apart = torch.cdist(parts + _SHIFT if compat else parts, y, p=1)
-    return (size - apart).clamp(min=_FLOOR if compat else 0.0)[..., 0]
+    return _nearness(torch.cat([y, y - parts], 1), compat)
+
+
+def _scaled(
+    factors: Float[Tensor, "node more"],
+    vectors: Float[Tensor, "more d_model"],
+    whole: Float[Tensor, "node d_model"],
+    compat: bool,
+) -> Float[Tensor, "node part"]:
+    """`proximity` of the parts factor * vector, of which the first is 0 and no part."""
+    return _nearness(torch.addcmul(whole[:, None], factors[..., None], vectors, value=-1), compat)
+
+
+def _nearness(left: Float[Tensor, "node more d_model"], compat: bool) -> Float[Tensor, "node part"]:
+    """From y - z, where the first z is 0: its norm is then summed as the others are, so that a part that is 0, too, is
+    near by exactly 0."""
+    if compat:
+        left[:, 1:] -= _SHIFT
+    sizes = left.abs_().sum(-1)
+    return (sizes[:, :1] - sizes[:, 1:]).clamp(min=_FLOOR if compat else 0.0)
+
+
+def _chunks(n: int, size: int, device: torch.device) -> tuple[Tensor, ...]:
+    """Numbers from 0 to n - 1 in runs for which vectors of `size` entries fit into memory together."""
+    return torch.arange(n, device=device).split(max(1, _ENTRIES.get(device.type, _ENTRIES["cuda"]) // size))
 
 
 def attention_shares(
@@ -78,14 +102,15 @@ def attention_shares(
     found = whole.new_zeros(len(queries), len(parts.w_o), length)
     if compat:
         found += _FLOOR
-    chunks = torch.arange(len(queries)).split(max(1, _ENTRIES // (length * d_model)))
+    chunks = _chunks(len(queries), length * d_model, whole.device)
     reach = [length] * len(chunks) if compat else [_reach(pattern[:, nodes]) for nodes in chunks]
     group = len(parts.w_o) // parts.v.shape[2]
+    factors = pad(pattern, (1, 0))
     for head, w_o in enumerate(parts.w_o):
-        u = parts.v[row, :length, head // group] @ w_o
+        vectors = pad(parts.v[row, :length, head // group] @ w_o, (0, 0, 1, 0))
         for nodes, keys in zip(chunks, reach, strict=True):
-            moved = pattern[head, nodes, :keys, None] * u[:keys]
-            found[nodes, head, :keys] = proximity(moved, whole[nodes], compat)
+            some = slice(keys + 1)
+            found[nodes, head, :keys] = _scaled(factors[head, nodes, some], vectors[some], whole[nodes], compat)
     rest = torch.stack([parts.residual[row, queries], parts.bias[row, queries]], 1)
     return _normalised(found, proximity(rest, whole, compat), compat)
 
@@ -182,12 +207,10 @@ def neuron_shares(
     whole, acts = parts.whole[row, nodes], neurons.acts[row, nodes]
     found = torch.empty_like(acts)
     width = neurons.w_out.shape[1]
-    some = max(1, _ENTRIES // width)
-    for some_neurons in torch.arange(acts.shape[1]).split(some):
-        for some_nodes in torch.arange(len(nodes)).split(max(1, some // len(some_neurons))):
-            at = some_nodes[:, None], some_neurons
-            written = einsum(acts[at], neurons.w_out[some_neurons], "n m, m d -> n m d")
-            found[at] = proximity(written, whole[some_nodes], compat)
+    for some in _chunks(acts.shape[1], width, acts.device):
+        factors, vectors = pad(acts[:, some], (1, 0)), pad(neurons.w_out[some], (0, 0, 1, 0))
+        for few in _chunks(len(nodes), len(some) * width, acts.device):
+            found[few[:, None], some] = _scaled(factors[few], vectors, whole[few], compat)
     rest = torch.stack([parts.residual[row, nodes], neurons.bias[row, nodes]], 1)
     return _normalised(found[..., None], proximity(rest, whole, compat), compat)
 

@@ -285,7 +285,7 @@ def test_neurons_are_the_parts_of_an_mlp(kind: str) -> None:
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of("gpt2_like")
     whole = ma.information_flow_routes(model, one_row(model), threshold=0.0, neurons=True)
-    monkeypatch.setattr(shares, "_ENTRIES", 50)  # one place and few keys or neurons at a time
+    monkeypatch.setitem(shares._ENTRIES, "cpu", 50)  # one place and few keys or neurons at a time
     parts = ma.information_flow_routes(model, one_row(model), threshold=0.0, neurons=True)
     for name, table in whole.tensors.items():
         torch.testing.assert_close(parts.tensors[name].values, table.values, rtol=0, atol=EXACT)
