@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from mechattr.steering.builders import mass_mean, mean_difference, pca
+from mechattr.steering.given import from_direction
 from mechattr.steering.grains import grains
 from mechattr.steering.operators import OPERATORS
 from mechattr.steering.preference import TokenScores, token_scores
+from mechattr.steering.probes import iti, probe
 from mechattr.steering.vector import SteeringVector
 
 __all__ = [
     "OPERATORS",
     "SteeringVector",
     "TokenScores",
+    "from_direction",
     "grains",
+    "iti",
     "mass_mean",
     "mean_difference",
     "pca",
+    "probe",
     "token_scores",
 ]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from mechattr.errors import SettingError
 from mechattr.models.base import HookedModel
 from mechattr.steering.data import Sites
-from mechattr.steering.grains import grains
 from mechattr.steering.made import Pairs, of_pairs, seen_at
 from mechattr.steering.vector import SteeringVector
 
@@ -131,8 +130,3 @@ def pca(
         first = torch.linalg.eigh(table).eigenvectors[:, -1]
         directions[name] = first * (first @ m.difference.mean)
     return of_pairs(model, "pca", directions, found, sites, positions, seed, variant=variant)
-
-
-BUILDERS: dict[str, Callable[..., SteeringVector]] = {
-    "grains": grains, "mean_difference": mean_difference, "mass_mean": mass_mean, "pca": pca,
-}  # fmt: skip

@@ -12,11 +12,11 @@ from patching_cases import plain
 
 import mechattr as ma
 from mechattr.engines.moments import Moments
-from mechattr.errors import SettingError
+from mechattr.errors import SettingError, UnknownNameError
 from mechattr.models.plain import plain_model
 from mechattr.models.plain_config import PlainConfig
-from mechattr.sites import full_name
-from mechattr.steering import SteeringVector, mass_mean, mean_difference, pca
+from mechattr.sites import Node, full_name
+from mechattr.steering import SteeringVector, from_direction, iti, mass_mean, mean_difference, pca, probe
 from mechattr.steering.data import sides
 
 WORDS = "abcdefgh"
@@ -41,6 +41,7 @@ BUILDERS = {
     "mass_mean": (mass_mean, {"ridge": 10.0}),
     "pca": (pca, {}),
     "pca pair_centred": (pca, {"variant": "pair_centred"}),
+    "probe": (probe, {}),
 }
 
 
@@ -91,6 +92,70 @@ def test_vectors_are_their_formulas_whatever_the_batches(positions: Any) -> None
         torch.testing.assert_close(found_w, w * d.mean(0).norm() / w.norm(), rtol=1e-5, atol=1e-5)
 
 
+def test_a_probe_is_the_minimum_of_its_loss() -> None:
+    model, *_ = planted(1.0)
+    pairs = [(WORDS[i % 8] + WORDS[(3 * i + 1) % 5], WORDS[(i + 1) % 8] + WORDS[(5 * i + 2) % 7]) for i in range(20)]
+    v = probe(model, pairs, layers=[0]).directions[0].double()
+    ((side,),) = sides(model, pairs, [SITE], batch_size=100)
+    d = side.difference
+    x, w = d / d.square().sum(1).mean().sqrt(), torch.zeros(32, dtype=torch.float64)
+    for _ in range(30):  # Newton's method
+        wrong = torch.sigmoid(-x @ w)
+        curvature = (x.T * (wrong * (1 - wrong))) @ x / len(x) + 1e-2 * torch.eye(32)
+        w = w - torch.linalg.solve(curvature, 1e-2 * w - wrong @ x / len(x))
+    assert (
+        float(torch.nn.functional.cosine_similarity(v, w, dim=0)) > 1 - 1e-5
+    )  # where the solver of scikit-learn stops
+    assert float(torch.nn.functional.cosine_similarity(v, d.mean(0), dim=0)) < 0.99  # the control: the mean difference
+    torch.testing.assert_close(v.norm(), (v / v.norm()) @ d.mean(0), rtol=1e-5, atol=0)  # float32 results
+
+
+def test_the_head_that_tells_the_sides_is_the_one_that_is_chosen() -> None:
+    """Head 1 writes a direction where the letters differ; the others write noise of the words before."""
+    config = PlainConfig.attention_only(n_layers=1, n_heads=3, n_kv_heads=3, d_vocab=12, d_model=32, d_head=6, n_ctx=12)
+    model = plain_model(config, tokenizer=Letters())
+    w = dict(model._weights)
+    generator = torch.Generator().manual_seed(0)
+    difference = w["embed.W_E"][8] - w["embed.W_E"][9]
+    out = torch.nn.functional.normalize(torch.randn(6, generator=generator, dtype=torch.float64), dim=0)
+    for name in ("W_Q", "W_K"):  # every head looks everywhere alike
+        w[f"blocks.0.attn.{name}"] = torch.zeros_like(w[f"blocks.0.attn.{name}"])
+    u = difference / difference.norm()
+    w["embed.W_E"][:8] -= torch.outer(w["embed.W_E"][:8] @ u, u)
+    values = 0.05 * w["blocks.0.attn.W_V"]
+    values -= torch.einsum("hdk,d,e->hek", values, difference, difference / difference.square().sum())
+    values[1] += 3 * torch.outer(difference, out) / difference.square().sum()
+    w["blocks.0.attn.W_V"] = values
+    model = type(model)(config, w, tokenizer=Letters())
+    _, _, pairs = planted()
+    for direction in ("mass_mean", "probe"):
+        v = iti(model, pairs, layers=[0], heads=1, direction=direction)
+        (name,) = v.sites
+        assert v.settings["heads"] == [{"layer": 0, "head": 1, "accuracy": 1.0}]
+        assert [bool(x.any()) for x in v.tensors[name].values] == [False, True, False]
+        found = v.tensors[name].values[1].double()
+        assert float(torch.nn.functional.cosine_similarity(found, out, dim=0)) > 0.99
+    cache = model.run(model.tokenize([t for pair in pairs for t in pair]), record=name)
+    batch = model.tokenize([t for pair in pairs for t in pair])
+    z = cache.activations[name].values[torch.arange(len(batch)), batch.columns(-1), 1]
+    mass = iti(model, pairs, sites="z", heads=1).tensors[name].values[1].double()
+    spread = (z @ (mass / mass.norm())).std(correction=0)
+    torch.testing.assert_close(mass.norm(), spread, rtol=1e-5, atol=0)  # float32 results
+    # nodes say which heads are candidates
+    assert [h["head"] for h in iti(model, pairs, sites=[Node("z", 0, head=2)]).settings["heads"]] == [2]
+    many = iti(model, pairs, layers=[0], heads=9).settings["heads"]
+    assert many[0]["head"] == 1 and len(many) == 3 and many[1]["accuracy"] < 1
+
+
+def test_directions_of_ones_own_stay_as_they_are() -> None:
+    model, direction, _ = planted()
+    v = from_direction(model, direction, sites=["resid_pre", "resid_post"])
+    assert len(v.sites) == 2 and torch.equal(v.directions[0], direction.float())
+    for wrong, text in ((torch.ones(3), r"shape \[3\]"), ([1.0], "list"), (torch.zeros(32), "only zeros")):
+        with pytest.raises(SettingError, match=text):
+            from_direction(model, wrong, layers=[0])  # type: ignore[arg-type]
+
+
 def test_moments_are_those_of_everything_at_once() -> None:
     x = torch.randn(50, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 5
     m = Moments(6)
@@ -136,4 +201,17 @@ def test_wrong_data_is_refused() -> None:
         pca(model, pairs, layers=[0], variant="pcaa")
     with pytest.raises(SettingError, match="ridge=0"):
         mass_mean(model, pairs, layers=[0], ridge=0)
+    with pytest.raises(SettingError, match="penalty=0"):
+        probe(model, pairs, layers=[0], penalty=0)
+    for settings, text in (
+        ({"heads": 0}, "heads=0"),
+        ({"held_out": 1}, "held_out=1"),
+        ({"sites": "resid_post", "layers": None}, "heads at blocks.0.hook_resid_post\n  found: it has none"),
+    ):
+        with pytest.raises(SettingError, match=text):
+            iti(model, pairs, **{"layers": [0], **settings})
+    with pytest.raises(SettingError, match="give at least 3"):
+        iti(model, pairs[:2], layers=[0])
+    with pytest.raises(UnknownNameError, match="did you mean 'probe'"):
+        iti(model, pairs, layers=[0], direction="prob")
     assert plain("gpt2_like").tokenizer is None
