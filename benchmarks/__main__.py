@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
 
-from benchmarks import attribution, edges, estimates, localising, mixing, probes, recording, routes, sweep
+from benchmarks import attribution, edges, estimates, localising, lrp, mixing, probes, recording, routes, sweep
 from benchmarks.measure import Ratio
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -41,6 +41,8 @@ def main() -> None:
         "edges M": lambda: attribution.measure_edges("M", 11),
         "mixing S": lambda: mixing.passes("S", few or 21),
         "mixing M": lambda: mixing.passes("M", 9),
+        "lrp S": lambda: lrp.measure("S", few or 21),
+        "lrp M": lambda: lrp.measure("M", 9),
         "mixing contributions": lambda: mixing.contributions(5),
         "routes S": lambda: routes.measure("S", few or 21),
         "routes M": lambda: routes.measure("M", 7),
