@@ -9,7 +9,6 @@ documents, beside words of one token, where nothing is to be merged.
 from __future__ import annotations
 
 import argparse
-import random
 from pathlib import Path
 
 import pandas as pd
@@ -30,10 +29,7 @@ def main() -> None:
     model = ma.load(chosen.model)
     chosen.out.mkdir(parents=True, exist_ok=True)
     window = min(256, model.info.n_ctx)
-    found = [text for path in chosen.texts for text in erasure.read_texts(path)]
-    texts = erasure.pieces(found, characters=3 * window)
-    random.Random(0).shuffle(texts)
-    texts = texts[: chosen.documents]
+    texts = erasure.drawn(chosen.texts, characters=3 * window, most=chosen.documents)
     cut = len(texts) * 3 // 4
     fitted, fresh = texts[:cut], texts[cut:]
     recipe = erasure.Descent(epochs=chosen.epochs)

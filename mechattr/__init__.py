@@ -10,7 +10,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mechattr import artifact, decomposition, draw, errors, evaluation, models, patching, report, sites, tasks
+    from mechattr import (
+        artifact,
+        decomposition,
+        draw,
+        erasure,
+        errors,
+        evaluation,
+        models,
+        patching,
+        report,
+        sites,
+        tasks,
+        vocabulary,
+    )
     from mechattr.artifact import Artifact, Attribution, Cache, open
     from mechattr.decomposition.alti import alti
     from mechattr.decomposition.alti_logit import alti_logit
@@ -60,6 +73,7 @@ _WHERE = {
     "draw": "mechattr.draw",
     "edge_attribution": "mechattr.patching.edges:edge_attribution",
     "edge_patching": "mechattr.patching.edge_patching:edge_patching",
+    "erasure": "mechattr.erasure",
     "errors": "mechattr.errors",
     "estimate": "mechattr.evaluation.estimate:estimate",
     "evaluation": "mechattr.evaluation",
@@ -79,6 +93,7 @@ _WHERE = {
     "tasks": "mechattr.tasks",
     "token_lens": "mechattr.decomposition.token_lens:token_lens",
     "token_salience": "mechattr.decomposition.salience:token_salience",
+    "vocabulary": "mechattr.vocabulary",
 }
 
 __all__ = [
@@ -102,6 +117,7 @@ __all__ = [
     "draw",
     "edge_attribution",
     "edge_patching",
+    "erasure",
     "errors",
     "estimate",
     "evaluation",
@@ -121,6 +137,7 @@ __all__ = [
     "tasks",
     "token_lens",
     "token_salience",
+    "vocabulary",
 ]
 
 

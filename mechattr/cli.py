@@ -19,6 +19,7 @@ from rich.markup import escape
 import mechattr as ma
 from mechattr.commands.prompts import decompose, lens
 from mechattr.commands.show import echo_json, table
+from mechattr.commands.words import erase, vocabulary
 from mechattr.errors import MechattrError
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ app = typer.Typer(
 
 app.command()(decompose)
 app.command()(lens)
+app.command()(erase)
+app.command()(vocabulary)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -12,7 +12,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from mechattr.commands.show import echo_json, table
+from mechattr.commands.options import AsJson, Device, Dtype, Model, Overwrite, load
+from mechattr.commands.show import echo_json, records, table
 from mechattr.draw.tokens import spell
 from mechattr.errors import OutputExistsError, SettingError, UnknownNameError, nearest
 from mechattr.methods import METHODS
@@ -27,16 +28,11 @@ LARGEST = 20  # rows shown of a longer one
 TOKENS = {"pos": "token", "query": "query_token", "key": "key_token"}  # shown in one column
 SHORT = {"dla": "direct_logit_attribution", "routes": "information_flow_routes"}
 
-Model = Annotated[str, typer.Option(help='"tiny" (bundled), a folder, or a name on the model hub.')]
 Prompt = Annotated[str, typer.Option(help="The text.")]
 Foil = Annotated[str | None, typer.Option(help="A token whose logit is subtracted from the target's.")]
 Out = Annotated[
     Path | None, typer.Option(help="Folder for the artifact, the table as CSV, the figure, and a page of routes.")
 ]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps, ...")]
-Dtype = Annotated[str | None, typer.Option(help="float32, float64, bfloat16, ...")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a result made with other settings.")]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
 
 
 def decompose(
@@ -65,7 +61,7 @@ def decompose(
     name = _method(method)
     given = {"target": target, "foil": foil, "position": position}
     chosen = {key: value for key, value in given.items() if value is not None} | _settings(setting or [])
-    result: Decomposition = _function(name, chosen)(_load(model, device, dtype), prompt, **chosen)
+    result: Decomposition = _function(name, chosen)(load(model, device, dtype), prompt, **chosen)
     frame = result.to_pandas()
     files = [] if out is None else _written(result, name, out, overwrite)
     _show(result, frame, name, files, as_json)
@@ -95,7 +91,7 @@ def lens(
     from mechattr.decomposition.tuned_lens import TunedLens
 
     result = logit_lens(
-        _load(model, device, dtype),
+        load(model, device, dtype),
         prompt,
         sites=None if sites is None else [site.strip() for site in sites.split(",")],
         target=target,
@@ -159,12 +155,6 @@ def _function(name: str, chosen: dict[str, Any]) -> Any:
     return function
 
 
-def _load(model: str, device: str | None, dtype: str | None) -> Any:
-    from mechattr.models.load import load
-
-    return load(model, device=device, dtype=dtype)
-
-
 def _written(result: Decomposition, name: str, out: Path, overwrite: bool) -> list[str]:
     """Writes the artifact, the table and the figure of a result, and the interactive page of routes."""
     import matplotlib
@@ -195,12 +185,7 @@ def _written(result: Decomposition, name: str, out: Path, overwrite: bool) -> li
 
 def _document(result: Decomposition, frame: pd.DataFrame, name: str, files: list[str]) -> dict[str, Any]:
     settings = {key: value for key, value in result.settings.items() if key != "vocabulary"}
-    return {"method": name, "settings": settings, "table": _records(frame), "files": files}
-
-
-def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    """Rows with plain values, `None` where there is none."""
-    return cast(list[dict[str, Any]], json.loads(frame.to_json(orient="records", double_precision=15)))
+    return {"method": name, "settings": settings, "table": records(frame), "files": files}
 
 
 def _show(result: Decomposition, frame: pd.DataFrame, name: str, files: list[str], as_json: bool) -> None:
@@ -218,7 +203,7 @@ def _show(result: Decomposition, frame: pd.DataFrame, name: str, files: list[str
     target, foil, logit = (cast(Any, result.settings.get(key)) for key in ("target", "foil", "logit"))
     if target and logit:
         lines.append(f"logit of {target[0]!r}" + (f" minus {foil[0]!r}" if foil else "") + f": {logit[0]:.4f}")
-    _print(table(title, _records(frame)), files, lines)
+    _print(table(title, records(frame)), files, lines)
 
 
 def _print(shown: Any, files: list[str], lines: list[str] | None = None) -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import typer
 from rich.markup import escape
 from rich.table import Table
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -25,6 +28,11 @@ def table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     for cells in zip(*columns, strict=True):
         shown.add_row(*cells)
     return shown
+
+
+def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """Rows with plain values, `None` where there is none."""
+    return cast(list[dict[str, Any]], json.loads(frame.to_json(orient="records", double_precision=15)))
 
 
 def _decimals(values: Sequence[float]) -> int:

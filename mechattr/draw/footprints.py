@@ -23,49 +23,58 @@ _LINE = (
 )
 _BOX = "border:1px solid #555;border-radius:3px;padding:1px 2px;margin:0 2px"
 _PIECE = "border-left:1px dotted #888;margin-left:1px;padding-left:1px"
-_NAMES = {"multi": "last token of words of several tokens", "single": "words of one token"}
+_NAMES = {"multi": "last tokens of words of several tokens", "single": "words of one token"}
 
 
 def footprint_curve(
     layers: Sequence[int],
     curves: Mapping[str, Mapping[int, tuple[Values, Values, Values]]],
     *,
-    chance: float | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Is it forgotten? The accuracy of each offset by layer with its interval, one line style a group.
+    """Is it forgotten? The accuracy of each offset by layer with its interval: a panel for each group, or all groups in
+    the given axes, told apart by their dashes.
 
     Args:
         layers: -1 is the embedding, the one after the last block the final norm.
         curves: group -> offset -> (accuracy, low, high) by layer; NaN where a group has no token.
-        chance: accuracy of always naming the most frequent token, as a grey dashed line.
         ax: axes to draw into; a new figure without it.
+
+    Returns:
+        The axes; those of the first group of a new figure.
     """
     offsets = sorted({offset for group in curves.values() for offset in group})
-    palette = _palette(len(offsets))
-    places = np.arange(len(layers))
+    palette = dict(zip(offsets, _palette(len(offsets)), strict=True))
     with style():
-        if ax is None:
-            ax = new_figure(6.4, 3.8).add_subplot()
-        for (group, lines), dash in zip(curves.items(), _DASHES, strict=False):
+        if ax is not None:
+            panels = [ax] * len(curves)
+        else:
+            figure = new_figure(1.2 + 2.9 * len(curves), 3.4)
+            panels = list(figure.subplots(1, len(curves), sharey=True, squeeze=False)[0])
+        dashes = _DASHES if ax is not None else ("-",) * len(curves)
+        for panel, (group, lines), dash in zip(panels, curves.items(), dashes, strict=False):
             for offset, (mean, low, high) in lines.items():
-                colour = palette[offsets.index(offset)]
-                ax.plot(places, array(mean), dash, color=colour, linewidth=1.7, gid=f"{group} {offset}")
-                ax.fill_between(places, array(low), array(high), color=colour, alpha=0.13, linewidth=0)
-        if chance is not None:
-            ax.axhline(chance, color="#888888", linewidth=0.9, linestyle=(0, (2, 2)))
-        for offset, colour in zip(offsets, palette, strict=True):
-            ax.plot([], [], color=colour, linewidth=1.7, label=f"offset {offset:+d}" if offset else "offset 0")
-        for group, dash in zip(curves, _DASHES, strict=False):
-            ax.plot([], [], dash, color="#444444", linewidth=1.4, label=_NAMES.get(group, group))
-        last = max(layers)
-        names = ["emb" if n == -1 else str(n) for n in layers]
-        if len(layers) > 1 and last == len(layers) - 2:
-            names[-1] = "norm"
-        ax.set_xticks(places, names)
-        ax.set(xlabel="layer", ylabel="accuracy of the probe (top 1)", ylim=(0, 1.02))
-        ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
-    return ax
+                places = np.arange(len(layers))
+                panel.plot(places, array(mean), dash, color=palette[offset], linewidth=1.7, gid=f"{group} {offset}")
+                panel.fill_between(places, array(low), array(high), color=palette[offset], alpha=0.15, linewidth=0)
+            panel.set_xticks(range(len(layers)), _layer_names(layers))
+            panel.set(xlabel="layer", ylim=(0, 1.02))
+            if ax is None:
+                panel.set_title(_NAMES.get(group, group), fontsize=9)
+        panels[0].set_ylabel("accuracy of the probe (top 1)")
+        for offset in reversed(offsets):
+            panels[-1].plot([], [], color=palette[offset], linewidth=1.7, label=f"{offset:+d}" if offset else "0")
+        for group, dash in zip(curves if ax is not None else (), _DASHES, strict=False):
+            panels[-1].plot([], [], dash, color="#444444", linewidth=1.4, label=_NAMES.get(group, group))
+        panels[-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, title="offset")
+    return panels[0]
+
+
+def _layer_names(layers: Sequence[int]) -> list[str]:
+    names = ["emb" if layer == -1 else str(layer) for layer in layers]
+    if len(layers) > 1 and layers[-1] == len(layers) - 2:  # all of them, and one after the last block
+        names[-1] = "norm"
+    return names
 
 
 def segments_html(

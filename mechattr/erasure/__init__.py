@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mechattr.erasure.accuracy import Footprint, footprint
 from mechattr.erasure.checkpoints import import_probes
-from mechattr.erasure.documents import pieces, read_texts
+from mechattr.erasure.documents import drawn, pieces, read_texts
 from mechattr.erasure.fit import fit_probes
 from mechattr.erasure.gold import Agreement, agreement, agreement_table
 from mechattr.erasure.probes import ErasureProbes
@@ -25,6 +25,7 @@ __all__ = [
     "Words",
     "agreement",
     "agreement_table",
+    "drawn",
     "entities_of",
     "fit_probes",
     "footprint",

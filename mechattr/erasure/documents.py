@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import lzma
 import os
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +79,19 @@ def pieces(texts: Sequence[str], *, characters: int = 1500) -> list[str]:
         if any(waiting):
             found.append("\n\n".join(waiting))
     return found
+
+
+def drawn(
+    paths: Sequence[str | os.PathLike[str]], *, characters: int = 1500, most: int | None = None, seed: int = 0
+) -> list[str]:
+    """Documents of some files in a random order: `read_texts`, cut up by `pieces`, and at most `most` of them.
+
+    Raises:
+        SettingError: as `read_texts` and `pieces`.
+    """
+    found = pieces([text for path in paths for text in read_texts(path)], characters=characters)
+    random.Random(seed).shuffle(found)
+    return found[:most]
 
 
 def check_layers(model: HookedModel, layers: Sequence[int] | None) -> tuple[int, ...]:

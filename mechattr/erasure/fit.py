@@ -74,7 +74,7 @@ def fit_probes(
         arXiv 2406.20086.
     """
     chosen, recipe = check_layers(model, layers), Descent() if recipe is None else recipe
-    offsets = _check_offsets(offsets)
+    offsets = check_offsets(offsets)
     if not isinstance(recipe, Closed | Descent):
         raise SettingError(f"recipe={recipe!r}", f"a {type(recipe).__name__}", "give Closed(...) or Descent(...)")
     if not 0 <= held_out < 1:
@@ -101,7 +101,12 @@ def fit_probes(
     return ErasureProbes.of(by_layer, offsets, settings=settings, provenance=made)
 
 
-def _check_offsets(offsets: Sequence[int]) -> tuple[int, ...]:
+def check_offsets(offsets: Sequence[int]) -> tuple[int, ...]:
+    """The offsets of probes.
+
+    Raises:
+        SettingError: none, one twice, or something else than whole numbers.
+    """
     given = tuple(offsets)
     if not given or len(set(given)) < len(given) or not all(type(offset) is int for offset in given):
         raise SettingError(f"offsets={given}", "none, one twice, or no whole numbers", "give some, such as (-2, -1, 0)")

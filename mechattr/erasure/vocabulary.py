@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 
+from mechattr import storage
 from mechattr.base import Artifact
 from mechattr.engines.sweep import sweep
 from mechattr.erasure.documents import documents, encoded
@@ -114,7 +115,7 @@ def read_out(
         "longest": longest,
         "first": first,
     }
-    key = {**settings, "tokens": made["tokens_sha256"], "model": made["weight_hash"], "probes": _digest(probes, layers)}
+    key = {**settings, "tokens": made["tokens_sha256"], "model": made["weight_hash"], "probes": digest(probes, layers)}
 
     def segments(part: Sequence[int]) -> list[float]:
         """Document, first, last and psi of each segment, one after another."""
@@ -157,7 +158,6 @@ def read_out(
     )
 
 
-def _digest(probes: ErasureProbes, layers: Sequence[int]) -> str:
-    from mechattr import storage
-
+def digest(probes: ErasureProbes, layers: Sequence[int]) -> str:
+    """What tells the probes of some layers from others."""
     return " ".join(storage.checksum(probes.tensors[f"layer.{layer}"].values)[:16] for layer in layers)

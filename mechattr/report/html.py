@@ -11,7 +11,7 @@ from typing import Any
 from mechattr import draw
 from mechattr.artifact import Attribution
 from mechattr.report import summary
-from mechattr.report.look import SCRIPT, STYLE
+from mechattr.report.parts import document, fact_table, figure
 from mechattr.report.record import artifacts
 from mechattr.report.results import Results
 from mechattr.report.tables import csv_text, html_table
@@ -32,8 +32,6 @@ def page(results: Results, figures: Mapping[str, Path]) -> str:
         figures: PNG files by figure name; they are copied into the page.
     """
     key, task = results.key, results.record["task"]
-    title = escape(f"{key['task']} in {key['model']}")
-    metric = escape(summary.words(task["metric"]))
     sections = {
         "The answer": _answer(results),
         "What was asked": _asked(results),
@@ -46,14 +44,8 @@ def page(results: Results, figures: Mapping[str, Path]) -> str:
     if results.circuit is not None:
         sections["Edges and circuit"] = _circuit(results, figures)
     sections |= {"What it cost": _cost(results), "Where this comes from": _provenance(results)}
-    body = "".join(f"<h2>{i}. {name}</h2>{text}\n" for i, (name, text) in enumerate(sections.items(), start=1))
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title}</title><style>{STYLE}</style></head>\n<body><main><h1>Which components cause {title}?</h1>"
-        f'<p class="note">{task["n_pairs"]} prompt pairs · {escape(key["direction"])} · {metric}</p>\n'
-        f"{body}</main><script>{SCRIPT}</script></body></html>\n"
-    )
+    about = f"{task['n_pairs']} prompt pairs · {key['direction']} · {summary.words(task['metric'])}"
+    return document(f"Which components cause {key['task']} in {key['model']}?", about, sections)
 
 
 def _answer(results: Results) -> str:
@@ -88,7 +80,7 @@ def _asked(results: Results) -> str:
         facts["accuracy"] = f"{summary.percent(results.accuracy)} of the clean prompts have a positive metric"
     samples = "".join(_sample(sample, number) for number, sample in enumerate(task["samples"], start=1))
     return (
-        _facts({name: escape(text) for name, text in facts.items()})
+        fact_table({name: escape(text) for name, text in facts.items()})
         + samples
         + '<p class="note">Tokens that differ are bold and underlined in red; named spans are tinted (hover for the '
         "name and the position).</p>"
@@ -110,7 +102,7 @@ def _sample(sample: Mapping[str, Any], number: int) -> str:
 
 def _maps(results: Results, figures: Mapping[str, Path]) -> str:
     lost = "lost when it is corrupted" if results.key["direction"] == "noising" else "regained when it is restored"
-    heads = _figure(
+    heads = figure(
         figures["head_map"],
         "Layer by head heatmap",
         f"Exact contribution of each whole head (z) and MLP, all positions replaced together: the metric {lost}. Blue "
@@ -118,7 +110,7 @@ def _maps(results: Results, figures: Mapping[str, Path]) -> str:
     )
     if "position_map" not in figures:
         return heads
-    return heads + _figure(
+    return heads + figure(
         figures["position_map"],
         "Layer by position heatmaps",
         "Estimated contribution by place. These are first-order estimates: coarse for the residual stream, where a "
@@ -147,8 +139,7 @@ def _evidence(results: Results, figures: Mapping[str, Path]) -> str:
         "over-represented.",
     }
     pictures = "".join(
-        _figure(figures[name], "Scatter of estimate against exact effect", caption)
-        for name, caption in captions.items()
+        figure(figures[name], "Scatter of estimate against exact effect", caption) for name, caption in captions.items()
     )
     return f'<p>{escape(summary.agreement(results))}</p><div class="row">{pictures}</div>'
 
@@ -157,7 +148,7 @@ def _bound(results: Results, figures: Mapping[str, Path]) -> str:
     assert results.bound is not None
     text = f"<p>{escape(summary.capital(results.bound.summary))}</p>"
     if "bound" in figures:  # too small a budget bounds nothing
-        text += _figure(
+        text += figure(
             figures["bound"],
             "p value of: some unchecked component has an effect of at least theta, against theta",
             "How surprised one would be, by what random sets of unchecked components did, if one of them had an effect "
@@ -169,14 +160,14 @@ def _bound(results: Results, figures: Mapping[str, Path]) -> str:
 def _circuit(results: Results, figures: Mapping[str, Path]) -> str:
     circuit, kept = results.circuit, results.faithfulness
     assert circuit is not None and kept is not None
-    graph = _figure(
+    graph = figure(
         figures["circuit"],
         "Graph of the circuit: layers upward, edges by contribution",
         f"{circuit.n_edges} edges: the best {results.key['circuit']} by estimated contribution, without those that are "
         "on no path from the input to the logits. Blue edges carry the answer, red ones work against it; width shows "
         "how much.",
     )
-    curve = _figure(
+    curve = figure(
         figures["faithfulness"],
         "Faithfulness against circuit size",
         "Share of the gap between clean and corrupt metric that circuits of each size keep when all other edges carry "
@@ -239,7 +230,8 @@ def _provenance(results: Results) -> str:
     }
     command = escape(results.record["command"])
     return (
-        _facts({name: text for name, text in facts.items() if text}) + f"<p>To make it again:</p><pre>{command}</pre>"
+        fact_table({name: text for name, text in facts.items() if text})
+        + f"<p>To make it again:</p><pre>{command}</pre>"
     )
 
 
@@ -251,19 +243,3 @@ def _spread(result: Attribution) -> str:
 
 def _code(text: str) -> str:
     return f"<code>{escape(text)}</code>"
-
-
-def _facts(facts: Mapping[str, str]) -> str:
-    lines = "".join(f"<tr><th>{name}</th><td>{text}</td></tr>" for name, text in facts.items())
-    return f'<table class="facts">{lines}</table>'
-
-
-def _figure(path: Path, alt: str, caption: str) -> str:
-    """A PNG inside the page, at the size it was drawn for (150 pixels an inch; a page has 96)."""
-    png = path.read_bytes()
-    width = round(int.from_bytes(png[16:20], "big") * 96 / draw.DPI)  # bytes 16 to 19 of a PNG are its width in pixels
-    data = base64.b64encode(png).decode()
-    return (
-        f'<figure><img alt="{escape(alt)}" width="{width}" src="data:image/png;base64,{data}">'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
-    )

@@ -127,7 +127,7 @@ def prepare(out: Path, record: Record, *, overwrite: bool) -> Record:
             return stored
         raise OutputExistsError(
             f"to write into {out}",
-            f"the result of other settings: {_difference(stored['key'], record['key'])}",
+            f"the result of other settings: {difference(stored['key'], record['key'])}",
             "name another folder, use the same settings to resume, or overwrite=True (--overwrite) to replace it",
         )
     if not found and not overwrite and out.exists() and any(out.iterdir()):
@@ -160,7 +160,7 @@ def _clear(out: Path) -> None:
             path.unlink()
 
 
-def _difference(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
+def difference(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
     """`top is 50 there and 20 here; ...`, hashes shortened."""
 
     def short(value: Any) -> str:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
+CONTROLS = 20  # tokens of highest indicator that are asked about beside the candidates
 STRONG, WEAK = 0.001, 0.1  # labels of verification, by probability
 REPORTED = 0.01
 
@@ -30,7 +31,7 @@ REPORTED = 0.01
 class UnderTrained(Artifact):
     """Every token of a vocabulary, by how little it was trained.
 
-    `tensors` has `indicator` and `probability` (NaN where a token was not verified) along the axis `token`;
+    `tensors` has `indicator` and `probability` (NaN where the model was not asked) along the axis `token`;
     `settings["categories"]` and `settings["texts"]` have the category and the text of each.
     """
 
@@ -45,6 +46,10 @@ class UnderTrained(Artifact):
     def candidates(self) -> list[int]:
         """The reachable tokens of lowest indicator that were asked about, lowest first."""
         return list(cast(list[int], self.settings["candidates"]))
+
+    def control(self) -> list[int]:
+        """The reachable tokens of highest indicator that were asked about as well: what a trained token gives."""
+        return list(cast(list[int], self.settings["control"]))
 
     @property
     def calibration(self) -> dict[str, float]:
@@ -120,7 +125,8 @@ def undertrained(
     1. Every id goes through the tokenizer and back (`round_trips`).
     2. An indicator ranks tokens by their embeddings (`indicator`): the length of the input row, or, where input and
        output share their weights, the distance of the output row from those of tokens known to be unused.
-    3. The lowest `share` of the reachable tokens are candidates: the model is asked to repeat each (`repetition`).
+    3. The lowest `share` of the reachable tokens are candidates: the model is asked to repeat each (`repetition`), and
+       beside them 20 of the highest indicator, which show whether it repeats what it knows.
 
     Args:
         model: a hooked model with a tokenizer.
@@ -138,7 +144,7 @@ def undertrained(
             that needs unused ids where none are known.
 
     Cost:
-        3 forward passes a candidate and prompt; none without `verify`.
+        3 forward passes a prompt for each candidate and each of the 20 others; none without `verify`.
 
     References:
         Land, Bartolo (2024), Fishing for Magikarp, arXiv 2405.05417; prompts of our own, and probabilities beside the
@@ -160,9 +166,12 @@ def undertrained(
     reachable = torch.tensor([trip.reachable and trip.id not in set(known) for trip in trips])
     order = values.masked_fill(~reachable, torch.inf).argsort(stable=True)
     candidates = order[: max(1, round(share * int(reachable.sum())))].tolist() if bool(reachable.any()) else []
+    last = int(reachable.sum())
+    control = [token for token in order[:last].tolist()[-CONTROLS:] if token not in candidates] if verify else []
     probability = torch.full((len(trips),), torch.nan, dtype=torch.float64)
     if verify and candidates:
-        probability[candidates] = repetition(model, candidates, shots=shots, batch_size=batch_size, progress=progress)
+        asked = candidates + control
+        probability[asked] = repetition(model, asked, shots=shots, batch_size=batch_size, progress=progress)
     settings: dict[str, Any] = {
         "method": "undertrained",
         "indicator": by,
@@ -171,6 +180,7 @@ def undertrained(
         "share": share,
         "shots": list(shots),
         "candidates": candidates,
+        "control": control,
         "categories": categories,
         "texts": [trip.text for trip in trips],
     }

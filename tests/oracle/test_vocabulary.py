@@ -165,7 +165,9 @@ def test_planted_tokens_come_first(tmp_path: Path) -> None:
     assert isinstance(again, UnderTrained) and again.to_pandas().equals(found.to_pandas())
     assert "<table" in found._repr_html_() and len(found.to_pandas(reachable=False)) == 61
     verified = undertrained(ma.load("tiny"), by="input_norm", share=0.002, shots=[0])
-    assert verified.to_pandas()["probability"].notna().sum() == len(verified.candidates())
+    asked = verified.candidates() + verified.control()
+    assert verified.to_pandas()["probability"].notna().sum() == len(asked) == len(set(asked))
+    assert set(verified.control()) == set(verified.top(2560)[-20:])
     verified.plot(Figure().add_subplot())
 
 
