@@ -25,7 +25,7 @@ UNTARGETED = ("alti", "information_flow_routes", "token_salience")
 def tiny(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Loads the bundled model once a test, whatever is asked for."""
     model = ma.load("tiny")
-    monkeypatch.setattr(prompts, "_load", lambda *_: model)
+    monkeypatch.setattr(prompts, "load", lambda *_: model)
     return model
 
 
