@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 import mechattr as ma
 from circuits.agreement_methods import METHODS
@@ -53,6 +54,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a few samples, nothing is written")
     chosen = parser.parse_args()
     n = QUICK if chosen.quick else chosen.n
+    torch.set_num_threads(1)  # these models are small: a second thread is only waited for
     began = time.perf_counter()
     samples = ma.tasks.agreement_samples(n, SEED)
     found = {name: scores(name, samples) for name in chosen.model}

@@ -10,7 +10,7 @@ import numpy as np
 
 from mechattr.base import Artifact
 from mechattr.errors import UnknownNameError, nearest
-from mechattr.evaluation.discovery import interval
+from mechattr.evaluation.discovery import mean_interval
 from mechattr.evaluation.evidence import METRICS
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ class EvidenceScores(Artifact):
                 for metric in metrics:
                     drawn = self.values(method, metric)[index]
                     defined = drawn[np.isfinite(drawn)]
-                    low, high = interval(defined, np.mean, resamples=RESAMPLES) if len(defined) else (np.nan, np.nan)
+                    low, high = mean_interval(defined, resamples=RESAMPLES) if len(defined) else (np.nan, np.nan)
                     rows.append(
                         {
                             "method": method, "metric": metric, "stratum": stratum, "mean": _mean(defined), "low": low,

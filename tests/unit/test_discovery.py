@@ -117,6 +117,10 @@ def test_means_and_intervals_over_pairs() -> None:
     expected = 1.96 / math.sqrt(200)  # half width of the log mean for a standard deviation of 1
     assert math.log(high / low) / 2 == pytest.approx(expected, rel=0.15)  # 2000 draws of 200 values
     assert discovery.interval(np.ones(5), discovery.geometric_mean) == (1, 1)
+    for n in (1, 7, 50):
+        values = np.random.default_rng(n).random(n)
+        # the same resamples; a mean along an axis may add in another order
+        np.testing.assert_allclose(discovery.mean_interval(values), discovery.interval(values, np.mean), rtol=1e-12)
 
 
 def test_unusable_input() -> None:
