@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         patching,
         report,
         sites,
+        steering,
         tasks,
         vocabulary,
     )
@@ -90,6 +91,7 @@ _WHERE = {
     "path_patching": "mechattr.patching.path:path_patching",
     "report": "mechattr.report",
     "sites": "mechattr.sites",
+    "steering": "mechattr.steering",
     "tasks": "mechattr.tasks",
     "token_lens": "mechattr.decomposition.token_lens:token_lens",
     "token_salience": "mechattr.decomposition.salience:token_salience",
@@ -134,6 +136,7 @@ __all__ = [
     "path_patching",
     "report",
     "sites",
+    "steering",
     "tasks",
     "token_lens",
     "token_salience",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mechattr.steering.builders import mass_mean, mean_difference, pca
+from mechattr.steering.files import from_gguf, from_json, to_gguf, to_json
 from mechattr.steering.given import from_direction
 from mechattr.steering.grains import grains
 from mechattr.steering.operators import OPERATORS
@@ -15,11 +16,15 @@ __all__ = [
     "SteeringVector",
     "TokenScores",
     "from_direction",
+    "from_gguf",
+    "from_json",
     "grains",
     "iti",
     "mass_mean",
     "mean_difference",
     "pca",
     "probe",
+    "to_gguf",
+    "to_json",
     "token_scores",
 ]
