@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from mechattr.engines.linear_probes import Ridge, cross_entropy_gradient
+from mechattr.engines.linear_probes import Ridge, cross_entropy_gradient, log_probabilities
 from mechattr.erasure.documents import WINDOW, check_layers, encoded
 from mechattr.erasure.probes import ErasureProbes
 from mechattr.erasure.recipes import Closed, Descent, Recipe
@@ -22,6 +24,7 @@ from mechattr.models.base import HookedModel
 from mechattr.provenance import provenance
 
 OFFSETS = (-3, -2, -1, 0, 1)
+SAMPLE = 16  # documents on which probes in closed form are made sharp
 
 
 def fit_probes(
@@ -120,7 +123,21 @@ def _closed(work: Work, recipe: Closed) -> tuple[Tensor, list[dict[str, Any]]]:
     for document in work.documents(work.train, "fitting probes"):
         ridge.add(*work.stacked(document))
     weights = ridge.solve(recipe.alpha).float()
+    weights = weights * _sharpness(work, weights)[:, None, None]
     return weights, losses(work, weights, epoch=1, train=None)
+
+
+def _sharpness(work: Work, weights: Float[Tensor, "probe vocab d_model"]) -> Float[Tensor, " probe"]:
+    """The factor, a power of 2, at which each probe's softmax fits some of the documents best: what ridge regression
+    predicts lies between 0 and 1, so that its softmax as it is would be nearly flat."""
+    factors = [2.0**power for power in range(13)]
+    total = weights.new_zeros(len(factors), len(weights))
+    for document in work.documents(work.train[:SAMPLE], "sharpness"):
+        states, labels, kept = work.stacked(document)
+        for i, factor in enumerate(factors):
+            found = log_probabilities(weights, states.to(weights.dtype) * factor, labels)
+            total[i] += (kept.to(found.dtype) * found).sum(-1)
+    return torch.tensor(factors, dtype=weights.dtype, device=weights.device)[total.argmax(0)]
 
 
 def _descent(work: Work, recipe: Descent, resume: str | os.PathLike[str] | None) -> tuple[Tensor, list[dict[str, Any]]]:

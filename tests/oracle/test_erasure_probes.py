@@ -57,6 +57,25 @@ def test_all_probes_together_are_each_alone() -> None:
         torch.testing.assert_close(together.weights(0, 1), singly.weights(0, 1), rtol=1e-4, atol=1e-5)
 
 
+def test_probes_in_closed_form_are_their_normal_equations_made_sharp() -> None:
+    model, some = copying(), texts(30)
+    probes = fit_probes(model, some, recipe=Closed(alpha=0.1), layers=[0], offsets=[-1], held_out=0.0)
+    parts = [aligned(document, -1) for document in documents(model, encoded(model, some), [0])]
+    h, y = torch.cat([states[0] for states, _ in parts]), torch.cat([labels for _, labels in parts])
+    gram = h.mT @ h
+    penalty = 0.1 * gram.diagonal().mean() * torch.eye(len(gram), dtype=h.dtype)
+    weights = torch.linalg.solve(gram + penalty, h.mT @ torch.nn.functional.one_hot(y, V).to(h)).mT
+    found = probes.weights(0, -1).double()
+    factor = float((found * weights).sum() / weights.square().sum())
+    torch.testing.assert_close(found, weights * round(factor), rtol=1e-5, atol=1e-5)  # probes are stored in float32
+    assert round(factor) in [2**power for power in range(2, 13)]
+
+    def loss(scale: float) -> float:
+        return float(torch.nn.functional.cross_entropy(h @ (found * scale).mT, y))
+
+    assert loss(1.0) <= min(loss(0.5), loss(2.0)) + 0.01 and loss(1.0) < 0.5 * loss(1 / factor)
+
+
 def test_descent_follows_autograd() -> None:
     """Three steps of AdamW on one document each, written out with autograd."""
     model = plain_model(PlainConfig.gpt2_like(d_vocab=V), tokenizer=Letters())

@@ -9,8 +9,10 @@ from typing import Any
 import families
 import pytest
 import torch
+from huggingface_hub import try_to_load_from_cache
 from letters_model import copying
 from matplotlib.figure import Figure
+from safetensors import safe_open
 
 import mechattr as ma
 from mechattr.errors import SettingError
@@ -206,3 +208,29 @@ def test_wrong_input_is_refused() -> None:
     with pytest.raises(SettingError, match="neighbours=0"):
         communities(torch.zeros(4, 2), range(4), neighbours=0)
     assert copying().tokenizer is not None
+
+
+@pytest.fixture(scope="session")
+def gpt2_rows() -> torch.Tensor:
+    """The embedding of GPT-2 small, where it lies on this machine."""
+    for name in ("openai-community/gpt2", "gpt2"):
+        found = try_to_load_from_cache(name, "model.safetensors")
+        if isinstance(found, str):
+            with safe_open(found, framework="pt") as file:
+                key = next(key for key in file.keys() if key.endswith("wte.weight"))  # noqa: SIM118 (no mapping)
+                return file.get_tensor(key)
+    pytest.skip("needs the weights of GPT-2 small in the cache of the model hub")
+
+
+def test_gpt2_has_the_published_indicators(gpt2_rows: torch.Tensor) -> None:
+    """Numbers of the report that accompanies Land and Bartolo (2024): 177 to 187 are bytes that UTF-8 never uses."""
+    values = indicator("cosine", gpt2_rows, gpt2_rows, range(177, 188))
+    published = {40241: 0.00143921, 30905: 0.00145763, 39752: 0.00147873, 30208: 0.00763935, 37574: 0.036516}
+    for token, value in published.items():
+        assert float(values[token]) == pytest.approx(value, rel=2e-3)  # they took the mean in float32
+    assert float(values.mean()) == pytest.approx(0.536, abs=2e-3) and float(values.std()) == pytest.approx(
+        0.070, abs=2e-3
+    )
+    assert float(values.quantile(0.02)) == pytest.approx(0.424, abs=4e-3)  # of reachable tokens there, of all here
+    wrong = indicator("cosine", gpt2_rows, gpt2_rows, range(100, 111))  # bytes that texts have
+    assert float(wrong[40241]) != pytest.approx(published[40241], rel=0.1)
