@@ -16,7 +16,7 @@ from mechattr.decomposition.parts import AttentionParts, attention_parts, attent
 from mechattr.decomposition.prompt import Prompt, prompt_of
 from mechattr.decomposition.readout import Readout, check_additive_stream, readout
 from mechattr.decomposition.result import Decomposition
-from mechattr.decomposition.target import Target, Token, target_of
+from mechattr.decomposition.target import BEFORE_CAP, Target, Token, target_of
 from mechattr.errors import SettingError
 from mechattr.labelled import Labelled
 from mechattr.models.base import Batch, HookedModel
@@ -112,6 +112,7 @@ def alti_logit(
         include=include,
         logit=logit.tolist(),
         model_logit=asked.metric(run.logits, rows.batch).tolist(),
+        explains=BEFORE_CAP,
         all_clipped_rows=list(clipped),
         **asked.settings(),
     )

@@ -14,7 +14,7 @@ from mechattr.decomposition.parts import attention_parts, attention_sites
 from mechattr.decomposition.prompt import prompt_of
 from mechattr.decomposition.readout import Readout, check_additive_stream, readout
 from mechattr.decomposition.result import Decomposition
-from mechattr.decomposition.target import Target, Token, target_of
+from mechattr.decomposition.target import BEFORE_CAP, Target, Token, target_of
 from mechattr.models.base import Batch, HookedModel
 from mechattr.sites import full_name
 
@@ -93,6 +93,7 @@ def direct_logit_attribution(
         logit=logit.tolist(),
         remainder=(logit - values.sum(1)).tolist(),
         model_logit=asked.metric(run.logits, rows.batch).tolist(),
+        explains=BEFORE_CAP,
         **asked.settings(),
     )
     return Decomposition(tensors, settings=settings, provenance=rows.provenance(model))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mechattr.decomposition.lens_result import Lens
 from mechattr.decomposition.prompt import prompt_of
-from mechattr.decomposition.target import Target, Token, target_of
+from mechattr.decomposition.target import Target, Token, columns_of, target_of
 from mechattr.decomposition.vocabulary import last_stream, log_probabilities, pieces, read_out, summary
 from mechattr.errors import SettingError
 from mechattr.models.base import Batch, HookedModel
@@ -76,7 +76,7 @@ def logit_lens(
     if tuned is not None:
         tuned.check(model, names)
     asked = None if target is None else target_of(model, rows, target, foil)
-    columns = None if position is None else rows.batch.columns(position)
+    columns = None if position is None else columns_of(rows, position)
     run = model.run(rows.batch, record=names)
     real = _picked(rows.batch.mask[..., None], columns)
     read = {name: _picked(run.activations[name].values, columns).masked_fill(~real, 0) for name in names}

@@ -13,7 +13,7 @@ from mechattr.decomposition.account import check_account, tables
 from mechattr.decomposition.prompt import Prompt, prompt_of
 from mechattr.decomposition.relevance import Plan, Relevance, plan_of
 from mechattr.decomposition.result import Decomposition
-from mechattr.decomposition.target import Target, Token, target_of
+from mechattr.decomposition.target import BEFORE_CAP, Target, Token, target_of
 from mechattr.errors import SettingError, UnknownNameError, UnsupportedFeatureError, nearest
 from mechattr.labelled import Labelled
 from mechattr.models.base import Batch, HookedModel
@@ -121,7 +121,7 @@ def lrp(
         rules=rules.to_json(),
         sites=list(dict.fromkeys(parse(site)[0] for site in kept)),
         logit=logit.tolist(),
-        explains="the logit" if model.info.encoder else "the logit before any cap",
+        explains="the logit" if model.info.encoder else BEFORE_CAP,
         notes=["bfloat16: good for rankings; the account closes to two digits"] * (model.info.dtype == "bfloat16"),
         **aim.settings(),
     )

@@ -63,5 +63,5 @@ def check_additive_stream(model: HookedModel, asked: str = "logits as a sum over
         raise UnsupportedFeatureError(
             f"{asked} of {model.info.name!r} ({model.info.family})",
             "norms act on the residual stream itself, so that components do not add up to a logit",
-            'use ma.lrp(..., variant="cp") or ma.decomposition.token_salience(method="decompx")',
+            'use ma.lrp(..., variant="cp") or ma.token_salience(..., method="decompx")',
         )

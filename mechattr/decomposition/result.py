@@ -77,6 +77,7 @@ class Decomposition(Attribution):
         foil: Any = self.settings.get("foil")
         passes = f"{self.passes.forward:g} forward and {self.passes.backward:g} backward passes"
         head = f"method {self.settings['method']}, {self.settings['n_prompts']} prompts, {passes}"
+        head += f", of {self.settings['explains']}" if "explains" in self.settings else ""
         lines = [f"<div>{escape(head)}</div>"]
         tokens = self.tensors.get("tokens")
         for row, strings in enumerate(self.strings[:_SHOWN] if tokens is not None else []):

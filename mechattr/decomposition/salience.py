@@ -15,7 +15,7 @@ from mechattr.decomposition.lengths import MATRICES, sites_of
 from mechattr.decomposition.lrp import lrp
 from mechattr.decomposition.prompt import Prompt, prompt_of
 from mechattr.decomposition.result import Decomposition
-from mechattr.decomposition.target import Token
+from mechattr.decomposition.target import Token, columns_of
 from mechattr.errors import SettingError, UnknownNameError, nearest
 from mechattr.labelled import Labelled
 from mechattr.models.base import Batch, HookedModel
@@ -84,7 +84,7 @@ def token_salience(
     """
     _check(method, target, foil, parts, aggregate)
     given = prompt_of(model, prompt)
-    columns = given.batch.columns(position)
+    columns = columns_of(given, position)
     if method == "decompx":
         return _decompx(model, prompt, given, target, foil, position)
     kind = parts if method == "norms" else method
@@ -147,7 +147,7 @@ def _decompx(
 ) -> Decomposition:
     if target is None:
         vectors = decompx_vectors(model, given.batch).sel(layer=model.info.n_layers).values[:, :-1]
-        columns = given.batch.columns(position).to(vectors.device)
+        columns = columns_of(given, position).to(vectors.device)
         tokens = vectors[torch.arange(len(vectors)), :, columns].norm(dim=-1)
         settings = given.settings(
             method="token_salience",

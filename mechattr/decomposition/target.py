@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from mechattr.models.tokenize import decode_token
 from mechattr.provenance import JSON
 
 Token = int | str
+BEFORE_CAP = "the logit before any cap"  # what linear read-outs explain; see `Readout`
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -41,9 +43,10 @@ class Target:
         return x[torch.arange(len(x), device=x.device), self.columns.to(x.device)]
 
     def metric(self, logits: Float[Tensor, "batch pos d_vocab"], batch: Batch) -> Float[Tensor, " batch"]:
-        """The explained quantity, from logits."""
+        """The explained quantity, from logits, in float32 or wider."""
         rows = batch.example
         here = logits[torch.arange(len(logits), device=logits.device), self.columns[rows]]
+        here = here.to(torch.promote_types(here.dtype, torch.float32))
         found = here.gather(1, self.ids[rows, None])[:, 0]
         return found if self.foils is None else found - here.gather(1, self.foils[rows, None])[:, 0]
 
@@ -106,9 +109,10 @@ def columns_of(prompt: Prompt, position: int) -> Int[Tensor, " batch"]:
     Raises:
         SettingError: a position that is no whole number, or outside a row.
     """
-    if isinstance(position, bool) or not isinstance(position, int):
+    whole = _whole(position)
+    if whole is None:
         raise SettingError(f"position={position!r}", type(position).__name__, "give one whole number")
-    return prompt.batch.columns(position)
+    return prompt.batch.columns(whole)
 
 
 def token_id(model: HookedModel, token: Any, kind: str = "target") -> int:
@@ -131,12 +135,21 @@ def token_id(model: HookedModel, token: Any, kind: str = "target") -> int:
         return ids[0]
     if isinstance(token, Tensor) and token.ndim == 0:
         token = token.item()
-    if isinstance(token, bool) or not isinstance(token, int):
+    found = _whole(token)
+    if found is None:
         raise SettingError(f"{kind} {token!r}", f"a {type(token).__name__}", "give a token id or the text of one token")
-    if not 0 <= token < model.info.d_vocab:
-        found = f"a vocabulary of {model.info.d_vocab} tokens"
-        raise AnswerError(f"{kind} {token}", found, f"give an id from 0 to {model.info.d_vocab - 1}")
-    return token
+    if not 0 <= found < model.info.d_vocab:
+        vocabulary = f"a vocabulary of {model.info.d_vocab} tokens"
+        raise AnswerError(f"{kind} {token}", vocabulary, f"give an id from 0 to {model.info.d_vocab - 1}")
+    return found
+
+
+def _whole(x: Any) -> int | None:
+    """A whole number of Python or numpy as Python's."""
+    try:
+        return None if isinstance(x, bool) else operator.index(x)
+    except TypeError:
+        return None
 
 
 def _ids(model: HookedModel, prompt: Prompt, given: Any, kind: str) -> Tensor:

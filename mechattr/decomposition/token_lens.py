@@ -15,7 +15,7 @@ from mechattr.decomposition.lens_result import Lens
 from mechattr.decomposition.parts import attention_parts, attention_sites
 from mechattr.decomposition.prompt import Prompt, prompt_of
 from mechattr.decomposition.readout import check_additive_stream
-from mechattr.decomposition.target import Target, Token, target_of
+from mechattr.decomposition.target import BEFORE_CAP, Target, Token, columns_of, target_of
 from mechattr.decomposition.vocabulary import last_stream, pieces
 from mechattr.errors import SettingError, UnknownNameError, nearest
 from mechattr.models.base import Batch, HookedModel
@@ -97,7 +97,10 @@ def token_lens(
         passes=(len(rows), 0),
         main="score/source",
         norm=norm,
-        sources=None if sources is None else {name: list(places) for name, places in sources.items()},
+        explains=BEFORE_CAP,
+        sources=None
+        if sources is None
+        else {name: [int(place) for place in places] for name, places in sources.items()},
         vocabulary={str(token): decode_token(model.tokenizer, token) for token in kept},
         **asked.settings(),
     )
@@ -160,11 +163,12 @@ def _members(rows: Prompt, sources: Mapping[str, Sequence[int]] | None) -> Float
     """Which positions each source has, row by row."""
     if sources is None:
         return None
-    if not sources or not all(len(places) for places in sources.values()):
-        raise SettingError(f"sources={dict(sources)!r}", "no positions", 'name some, such as {"subject": [3, 4]}')
+    named = isinstance(sources, Mapping) and sources
+    if not named or not all(isinstance(places, Sequence | Tensor) and len(places) for places in sources.values()):
+        raise SettingError(f"sources={sources!r}", "no positions by name", 'name some, such as {"subject": [3, 4]}')
     found = torch.zeros(len(rows), len(sources), rows.batch.tokens.shape[1], device=rows.batch.device)
     each = torch.arange(len(rows), device=found.device)
     for place, positions in enumerate(sources.values()):
         for position in positions:
-            found[each, place, rows.batch.columns(position)] = 1
+            found[each, place, columns_of(rows, position)] = 1
     return found

@@ -214,6 +214,9 @@ def test_wrong_input_is_refused(case: PromptCase) -> None:
         return
     with pytest.raises(SettingError, match="position 4\n  found: rows of 4 to 7 real tokens"):
         call(case, model, rows, position=4)
+    for position in ("END", 1.0, True):
+        with pytest.raises(SettingError, match="fix: give one whole number"):
+            call(case, model, rows, position=position)
 
 
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)

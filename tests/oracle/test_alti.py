@@ -119,6 +119,9 @@ def test_rows_sum_to_one_and_causal_models_look_back_only(kind: str) -> None:
         assert bool((table >= 0).all())
         same(table.sum(-1), torch.ones_like(table.sum(-1)), 1e-14)  # a few float64 roundings of 1
         assert bool(table.triu(1).any()) == model.info.encoder
+    for wrong in ("not normalised", "not clipped"):  # controls
+        other = by_definition(of_row(parts_of(model, rows_of(model)), 0, 7), wrong)
+        assert bool((other < 0).any()) or not torch.allclose(other.sum(-1), torch.ones(7, dtype=other.dtype))
     assert torch.equal(
         result.scores["rollouts"].values[:, -1].nan_to_num(), result.scores["rollout"].values.nan_to_num()
     )
@@ -202,6 +205,7 @@ def test_the_logit_is_the_models_own_before_any_cap() -> None:
     assert result.settings["model_logit"] == pytest.approx(result.settings["logit"], abs=1e-12)
     gemma = families.hooked("gemma2")
     capped = ma.alti_logit(gemma, rows_of(gemma), target=5).settings
+    assert capped["explains"] == "the logit before any cap"
     cap = float(gemma.config.final_logit_softcapping)
     expected = cap * torch.tanh(torch.tensor(capped["logit"]) / cap)
     torch.testing.assert_close(torch.tensor(capped["model_logit"]), expected, rtol=0, atol=1e-4)  # float32 rounding

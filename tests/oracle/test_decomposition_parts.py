@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import families
+import numpy as np
 import pytest
 import torch
 from einops import einsum
@@ -104,10 +105,13 @@ def test_targets_are_refused_with_what_was_found() -> None:
         " a b": (AnswerError, r"target ' a b' as one token\n  found: 2 tokens: ' a', ' b'\n  fix: give one token"),
         99: (AnswerError, r"target 99\n  found: a vocabulary of 61 tokens"),
         1.5: (SettingError, "a float"),
+        True: (SettingError, "a bool"),
     }
     for target, (kind, text) in texts.items():
         with pytest.raises(kind, match=text):
             target_of(model, prompt, target)
+    whole = target_of(model, prompt, np.int64(5), torch.tensor(7), position=np.int64(2))  # of numpy and torch
+    assert (whole.ids.tolist(), whole.foils.tolist(), whole.columns.tolist()) == ([5], [7], [2])
     with pytest.raises(AnswerError, match="both are token 5"):
         target_of(model, prompt, 5, " a")
     with pytest.raises(SettingError, match="position 9\n  found: rows of 4 to 4 real tokens"):

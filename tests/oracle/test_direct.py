@@ -124,6 +124,7 @@ def test_a_soft_cap_is_left_out() -> None:
         model = families.hooked("gemma2", torch.float64)
         cap = float(model.config.final_logit_softcapping)
         result = attributed(model)
+        assert result.settings["explains"] == "the logit before any cap"
         before = exact(result, "logit")
         after = exact(result, "model_logit")
         torch.testing.assert_close(cap * torch.tanh(before / cap), after, rtol=0, atol=1e-10)  # float64 rounding

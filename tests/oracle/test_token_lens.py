@@ -99,8 +99,13 @@ def test_wrong_input_is_refused() -> None:
     model = model_of("gpt2_like")
     with pytest.raises(UnknownNameError, match="norm='final'\n  found: no such scale"):
         lens(model, norm="final")
-    with pytest.raises(SettingError, match=r"sources={'S': \[\]}\n  found: no positions\n  fix: name some"):
+    with pytest.raises(SettingError, match=r"sources={'S': \[\]}\n  found: no positions by name\n  fix: name some"):
         lens(model, sources={"S": []})
+    for sources in ([3, 4], {"S": 3}):
+        with pytest.raises(SettingError, match="found: no positions by name"):
+            lens(model, sources=sources)
+    with pytest.raises(SettingError, match="position='END'\n  found: str"):
+        lens(model, sources={"S": ["END"]})
     with pytest.raises(SettingError, match="position 4\n  found: rows of 4 to 7 real tokens"):
         lens(model, sources={"S": [4]})
     with pytest.raises(SettingError, match="k=0"):
