@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mechattr.steering.builders import mass_mean, mean_difference, pca
 from mechattr.steering.files import from_gguf, from_json, to_gguf, to_json
-from mechattr.steering.given import from_direction
+from mechattr.steering.given import act_add, from_direction
 from mechattr.steering.grains import grains
 from mechattr.steering.operators import OPERATORS
 from mechattr.steering.preference import TokenScores, token_scores
@@ -15,6 +15,7 @@ __all__ = [
     "OPERATORS",
     "SteeringVector",
     "TokenScores",
+    "act_add",
     "from_direction",
     "from_gguf",
     "from_json",

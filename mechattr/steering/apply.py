@@ -41,7 +41,8 @@ def apply(
         multiplier: a number, or one for each row of what is run inside.
         positions: `"all"`, `"prompt"` and `"generated"` tokens, the `"last"` one of the prompt, position numbers
             (absolute, whatever a cache of keys and values holds; negative ones count from the prompt's end), or a mask
-            [row, column of the prompt].
+            [row, column of the prompt]. A vector with directions of single positions says itself where it acts: at
+            those that a prompt has.
         operator: `"add"`, `"norm_preserving"`, `"ablate"`, `"ablate_then_add"`, `"clamp"`, `"angular"`, `"scale"`, or a
             function `(x, v, multiplier) -> x`.
         gate: not there yet.
@@ -60,13 +61,21 @@ def apply(
     factors = _multiplier(multiplier)
     _check_positions(positions)
     tensors = _fitting(vector, hooked)
-    ops = {name: Steer(x, factors, operation) for name, x in tensors.items()}
+    _check_own_positions(vector, positions)
 
     def edits(batch: Batch) -> list[Edit]:
         if factors.ndim and len(factors) != len(batch):
             found = f"a batch of {len(batch)} rows"
             raise SettingError(f"{len(factors)} multipliers", found, "give a number, or one multiplier for each row")
-        return [edit for name, op in ops.items() for edit in _edits(name, op, positions, batch)]
+        acts: list[Edit] = []
+        for name, x in tensors.items():
+            if vector.tensors[name].axes[0] != "pos":
+                acts += _edits(name, Steer(x, factors, operation), positions, batch)
+                continue
+            for p, v in enumerate(x):
+                rows = (batch.lengths > p).nonzero()[:, 0].tolist()
+                acts += [Edit(name, Steer(v, factors, operation), positions=[p], rows=rows)] * bool(rows)
+        return acts
 
     digest = " ".join(storage.checksum(x) for x in tensors.values()) + f" {factors.tolist()} {positions} {operator}"
     added = StandingEdits(edits, tuple(tensors), digest)
@@ -169,6 +178,13 @@ def _check_positions(given: Positions) -> None:
     listed = not isinstance(numbers, str | Tensor)
     if listed and any(isinstance(p, bool) or not isinstance(p, int) for p in numbers):
         raise SettingError(f"positions={given!r}", "something else than whole numbers", fix)
+
+
+def _check_own_positions(vector: SteeringVector, positions: Positions) -> None:
+    own = next((name for name, table in vector.tensors.items() if table.axes[0] == "pos"), None)
+    if own is not None and not (isinstance(positions, str) and positions == "all"):
+        found = f"a vector that has its own positions, at {own}"
+        raise SettingError(f"positions={positions!r}", found, "leave positions out")
 
 
 def _fitting(vector: SteeringVector, model: HookedModel) -> Mapping[str, Tensor]:

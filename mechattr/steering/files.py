@@ -116,9 +116,9 @@ def from_json(path: str | Path) -> SteeringVector:
 
 
 def _layers(vector: SteeringVector) -> dict[int, Tensor]:
-    other = [name for name in vector.sites if parse(name)[0] != "resid_post"]
+    other = [n for n, x in vector.tensors.items() if parse(n)[0] != "resid_post" or x.axes != ("d_model",)]
     if other:
-        found = f"a direction at {other[0]}"
+        found = f"axes {', '.join(vector.tensors[other[0]].axes)} at {other[0]}"
         raise SettingError("one direction a layer", found, "use .only([...]) with sites of resid_post, or .save()")
     rounded = {layer: x.to(torch.float32) for layer, x in sorted(vector.directions.items())}
     wrong = [layer for layer, x in vector.directions.items() if not torch.equal(rounded[layer].to(x.dtype), x)]

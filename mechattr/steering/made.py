@@ -80,7 +80,8 @@ def made(
     **settings: Any,
 ) -> SteeringVector:
     """A vector with what made it; where `sites` are nodes, only their heads, neurons or streams keep a direction."""
-    tensors = {name: x.reshape(shape_at(model, name)).float() for name, x in directions.items()}
+    shapes = {name: shape_at(model, name) for name in directions}
+    tensors = {n: x.float() if x.ndim > len(shapes[n]) else x.reshape(shapes[n]).float() for n, x in directions.items()}
     stamp = provenance({**asdict(model.info), **model.fingerprint()}, seed=seed)
     vector = SteeringVector.of(tensors, settings={"method": builder, "seed": seed, **settings}, provenance=stamp)
     nodes = [node for node in ([] if sites is None or isinstance(sites, str) else sites) if isinstance(node, Node)]

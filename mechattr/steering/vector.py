@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 
 class SteeringVector(Artifact):
-    """One direction a site: `tensors` maps full site names to [d_model], or [head, d_head] at sites of heads.
+    """One direction a site: `tensors` maps full site names to [d_model], or [head, d_head] at sites of heads. With one
+    more axis in front, `pos`, there is one for each of the first positions of a prompt.
 
     `settings` says how they were made, and has the mean length of the activations that they were made from
     (`"lengths"`, by site). Vectors of equal sites can be added, subtracted, negated and multiplied by numbers.
@@ -52,7 +53,9 @@ class SteeringVector(Artifact):
         for name, tensor in tensors.items():
             if not bool(torch.isfinite(tensor).all()):
                 raise SettingError(f"a direction at {name}", "NaN or infinity", "look at the data it was made from")
-            labelled[name] = Labelled(tensor.detach().clone(), axes_of(name))
+            axes = axes_of(name)
+            axes = ("pos", *axes) if tensor.ndim > len(axes) else axes
+            labelled[name] = Labelled(tensor.detach().clone(), axes)
         return cls(labelled, settings=settings or {}, provenance=provenance or {})
 
     @property
@@ -62,8 +65,8 @@ class SteeringVector(Artifact):
 
     @property
     def directions(self) -> dict[int, Float[Tensor, " d_model"]]:
-        """The directions at `resid_post`, by layer."""
-        found = ((parse(name), table.values) for name, table in self.tensors.items())
+        """The directions at `resid_post`, by layer; those of single positions are not among them."""
+        found = ((parse(name), table.values) for name, table in self.tensors.items() if table.axes[0] != "pos")
         return {layer: x for (short, layer), x in found if short == "resid_post" and layer is not None}
 
     def apply(
@@ -94,6 +97,9 @@ class SteeringVector(Artifact):
                 raise SettingError(f"the direction at {name}", has, "name some of these")
             values = self.tensors[name].values
             part = (given.neuron if given.head is None else given.head) if isinstance(given, Node) else None
+            if part is not None and self.tensors[name].axes[0] == "pos":
+                found = "directions of single positions"
+                raise SettingError(f"the direction of {given}", found, "name sites, not heads or neurons")
             if part is not None and part not in range(len(values)):
                 raise SettingError(f"the direction of {given}", f"{len(values)} at {name}", "count from 0")
             mask = kept.setdefault(name, torch.zeros(len(values), dtype=torch.bool, device=values.device))

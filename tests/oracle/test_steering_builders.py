@@ -16,7 +16,17 @@ from mechattr.errors import SettingError, UnknownNameError
 from mechattr.models.plain import plain_model
 from mechattr.models.plain_config import PlainConfig
 from mechattr.sites import Node, full_name
-from mechattr.steering import SteeringVector, from_direction, iti, mass_mean, mean_difference, pca, probe
+from mechattr.steering import (
+    SteeringVector,
+    act_add,
+    from_direction,
+    iti,
+    mass_mean,
+    mean_difference,
+    pca,
+    probe,
+    to_gguf,
+)
 from mechattr.steering.data import sides
 
 WORDS = "abcdefgh"
@@ -154,6 +164,53 @@ def test_directions_of_ones_own_stay_as_they_are() -> None:
     for wrong, text in ((torch.ones(3), r"shape \[3\]"), ([1.0], "list"), (torch.zeros(32), "only zeros")):
         with pytest.raises(SettingError, match=text):
             from_direction(model, wrong, layers=[0])  # type: ignore[arg-type]
+
+
+def test_a_difference_of_two_prompts_is_added_at_the_first_positions() -> None:
+    model, direction, _ = planted()
+    v = act_add(model, [("abci", "abcj")], sites=["resid_pre", "resid_post"])
+    site = full_name("resid_pre", 0)
+    table = v.tensors[site]
+    assert table.axes == ("pos", "d_model") and not bool(table.values[:4].any())  # the first token and `abc`
+    torch.testing.assert_close(table.values[4].double(), 40 * direction, rtol=0, atol=1e-5)  # float32 results
+    found = v.tensors[SITE].values[4].double()
+    assert float(torch.nn.functional.cosine_similarity(found, direction, dim=0)) > 0.99
+    v = act_add(model, [("gai", "bcj")], sites=["resid_pre"])
+    batch = model.tokenize(["abcdef", "h"], padding_side="left")  # 7 and 2 tokens
+    with v.apply(model, multiplier=[2.0, -1.0]):
+        steered = model.run(batch, record=site).activations[site].values
+    clean = model.run(batch, record=site).activations[site].values
+    expected = clean.clone()
+    rows = v.tensors[site].values.double()
+    expected[0, :4] += 2 * rows
+    expected[1, -2:] -= rows[:2]
+    torch.testing.assert_close(steered, expected, rtol=0, atol=1e-12)  # float64
+    wrong = clean.clone()
+    wrong[:, -1] += rows[-1]  # the control: the last difference only, everywhere at the end
+    assert not torch.allclose(steered, wrong, atol=1e-2)
+    cases: list[tuple[Any, str]] = [
+        (lambda: act_add(model, [("a", "b"), ("c", "d")], layers=[0]), "give one pair"),
+        (lambda: act_add(model, [("a", "b")], sites=[Node("z", 0, head=1)]), "sites of act_add"),
+        (lambda: v.apply(model, positions="last").__enter__(), "a vector that has its own positions"),
+        (
+            lambda: act_add(model, [("a", "b")], sites="z").only([Node("z", 0, head=1)]),
+            "directions of single positions",
+        ),
+        (lambda: to_gguf(act_add(model, [("a", "b")], layers=[0]), "v", model_hint=""), "axes pos, d_model at"),
+    ]
+    for call, text in cases:
+        with pytest.raises(SettingError, match=text):
+            call()
+    assert act_add(model, [("a", "b")], layers=[0]).directions == {}
+
+
+def test_shorter_prompts_are_filled_up_with_spaces() -> None:
+    model = ma.load("tiny")
+    v = act_add(model, [("I love the sea", "I hate")], layers=[0])
+    batch = model.tokenize(["I love the sea", "I hate  "])
+    x = model.run(batch, record=SITE).activations[SITE].values
+    assert v.settings["n_positions"] == batch.tokens.shape[1] and not batch.padded
+    torch.testing.assert_close(v.tensors[SITE].values, x[0] - x[1], rtol=0, atol=1e-4)  # float32
 
 
 def test_moments_are_those_of_everything_at_once() -> None:

@@ -121,7 +121,7 @@ def test_json_comes_back_as_it_was(tmp_path: Path) -> None:
 def test_what_the_files_do_not_hold_is_refused(tmp_path: Path) -> None:
     other = SteeringVector.of({full_name("z", 0): torch.ones(2, 3)})
     wide = SteeringVector.of({full_name("resid_post", 0): torch.full((3,), 0.1, dtype=torch.float64)})
-    for v, text in ((other, "a direction at blocks.0.attn.hook_z"), (wide, "that float32 does not hold")):
+    for v, text in ((other, "axes head, d_head at blocks.0.attn.hook_z"), (wide, "that float32 does not hold")):
         with pytest.raises(SettingError, match=text):
             to_gguf(v, tmp_path / "v", model_hint="x")
         with pytest.raises(SettingError, match=text):
