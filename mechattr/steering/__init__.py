@@ -9,6 +9,7 @@ from mechattr.steering.grains import grains
 from mechattr.steering.operators import OPERATORS
 from mechattr.steering.preference import TokenScores, token_scores
 from mechattr.steering.probes import iti, probe
+from mechattr.steering.refusal import refusal
 from mechattr.steering.vector import SteeringVector
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "mean_difference",
     "pca",
     "probe",
+    "refusal",
     "to_gguf",
     "to_json",
     "token_scores",
