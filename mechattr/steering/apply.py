@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mechattr import storage
-from mechattr.errors import MismatchError, SettingError, nearest
+from mechattr.errors import MismatchError, NonFiniteError, SettingError, nearest
 from mechattr.models.base import Batch, HookedModel
 from mechattr.models.edits import Edit
 from mechattr.models.operators import Place
@@ -50,6 +50,7 @@ def apply(
     Raises:
         MismatchError: a vector of another width, or of sites that the model does not have.
         SettingError: no such operator or positions, a multiplier that is not finite, or one for another number of rows.
+        NonFiniteError: inside the block, where steering itself makes NaN or infinity, with site and multiplier.
 
     Cost:
         No passes of its own; one operation of d_model numbers a site and position.
@@ -108,12 +109,21 @@ class Steer:
         factors = self._factors(place, len(x)).to(x.device, wide)
         v, y = self.v.to(x.device, wide), x.to(wide)
         if v.ndim == 1:
-            return self.operation(y, v, factors).to(x.dtype)
-        out = y.clone()
-        for head in range(len(v)):
-            if bool(v[head].any()):
-                out[:, :, head] = self.operation(y[:, :, head], v[head], factors)
-        return out.to(x.dtype)
+            out = self.operation(y, v, factors)
+        else:
+            out = y.clone()
+            for head in range(len(v)):
+                if bool(v[head].any()):
+                    out[:, :, head] = self.operation(y[:, :, head], v[head], factors)
+        steered = out.to(x.dtype)
+        if bool((x.isfinite() & ~steered.isfinite()).any()):
+            found = f"NaN or infinity in {x.dtype}, with the multiplier {self._shown()}"
+            raise NonFiniteError(f"steering at {place.site}", found, "use a smaller multiplier, or a wider dtype")
+        return steered
+
+    def _shown(self) -> str:
+        factors = self.multiplier.tolist()
+        return f"{factors:g}" if isinstance(factors, float) else ", ".join(f"{one:g}" for one in factors)
 
     def _factors(self, place: Place, n: int) -> Tensor:
         """[rows, 1, 1]."""

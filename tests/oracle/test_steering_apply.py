@@ -9,7 +9,7 @@ import pytest
 import torch
 from patching_cases import plain
 
-from mechattr.errors import MismatchError, SettingError
+from mechattr.errors import MismatchError, NonFiniteError, SettingError
 from mechattr.models import Batch
 from mechattr.models.edits import Edit
 from mechattr.models.operators import Add
@@ -148,6 +148,25 @@ def test_heads_are_steered_one_by_one() -> None:
     expected = clean.clone()
     expected[:, :, 1] = x - (x @ u)[..., None] * u + 3.0
     torch.testing.assert_close(found.activations[site].values, expected, rtol=0, atol=1e-12)  # float64
+
+
+def test_overflow_names_site_and_multiplier() -> None:
+    v = vector(families.hooked("gpt2"))
+    batch = families.ragged("left")
+    text = (
+        r"steering at blocks.1.hook_resid_post\n  found: NaN or infinity in torch.float32, with the multiplier 1e\+39"
+    )
+    for model in (families.hooked("gpt2"), families.hooked("gpt2").model):
+        with pytest.raises(NonFiniteError, match=text), v.apply(model, 1e39) as steered:
+            run = steered.run if hasattr(steered, "run") else lambda b: steered(b.tokens, attention_mask=b.mask.long())
+            run(batch)
+        clean = families.hooked("gpt2").run(batch).logits  # nothing stays
+        assert bool(clean[batch.mask].isfinite().all())
+    with (
+        pytest.raises(NonFiniteError, match="with the multiplier 1, 1e"),
+        v.apply(families.hooked("gpt2"), [1, 1e39, 1]),
+    ):
+        families.hooked("gpt2").generate(batch, max_new_tokens=2)
 
 
 def test_operators_are_their_formulas() -> None:
