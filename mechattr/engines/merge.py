@@ -94,7 +94,7 @@ def _table(name: str, task: Task, results: Sequence[tuple[Part, Artifact]]) -> L
     total, count = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.long)
     for part, table in tables:
         where = [torch.tensor([place[axis][label] for label in table.coords[axis]]) for axis in first.axes]
-        at: tuple[Tensor, ...] = torch.meshgrid(*where, indexing="ij")
+        at: tuple[Tensor, ...] = torch.meshgrid(*where, indexing="ij") if where else ()  # a single node has no axes
         values = table.values.double()
         total[at] += values.nan_to_num() * len(part.pairs)
         count[at] += (~values.isnan()).long() * len(part.pairs)

@@ -142,6 +142,16 @@ def test_chosen_nodes_are_cut_too_and_the_rest_stays_unmeasured() -> None:
     assert cut.nodes() == whole.nodes() and cut.top(9) == whole.top(9)
 
 
+def test_a_site_that_is_one_node_is_put_together_too() -> None:
+    model = plain("gpt2_like")
+    task = pairs_task(model, (5, 6, 7))
+    for method in (ma.attribution_patching, ma.activation_patching, ma.ablation):
+        given: dict[str, Any] = {"sites": ("embed", "z"), "positions": "all"}
+        whole, cut = method(model, task, **given), method(model, task, **given, executor=InProcess(pairs=2))
+        assert cut.scores["embed"].axes == () and whole.value(ma.Node("embed", None)) > 0
+        assert_equal(tables(cut), tables(whole), ROUNDING)
+
+
 def blocks(model: Any, task: Any, sizes: Sequence[int], **settings: Any) -> list[tuple[Part, Any]]:
     """The results of blocks of given sizes."""
     work, found, start = Work(ma.attribution_patching, model, task, settings), [], 0
