@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,14 +14,31 @@ from torch import Tensor
 from mechattr.models.batch import Batch
 from mechattr.models.edits import Frame
 from mechattr.models.hf import HookedHF
+from mechattr.models.running import Turns
 from mechattr.models.standing import StandingEdits
 from mechattr.models.taps import Taps, plan_edits
 from mechattr.sites import site_spec
+
+# The models that are edited now, each with the hooked model around it
+_edited: dict[Any, HookedHF] = {}
+
+
+def hooked_around(torch_model: Any) -> HookedHF:
+    """A hooked model around a transformers model. Where edits are attached to it already, it is the one that was made
+    without them: the checks at load would meet what they change."""
+    known = _edited.get(torch_model)
+    if known is None:
+        return HookedHF(torch_model)
+    other = copy.copy(known)
+    other._turns = Turns()  # the other one has its turn until its block ends
+    return other
 
 
 @contextmanager
 def attached(model: HookedHF, added: StandingEdits) -> Iterator[None]:
     """Edits act in every call of `model.model`, the transformers model itself, until the block ends.
+
+    Blocks nest: the edits of the inner one meet what those of the outer one made.
 
     Where a call begins without a cache of keys and values, its rows are a prompt; calls that go on with a cache, and
     all calls that its `generate` makes, continue that prompt. A loop of the user's own without a cache therefore has
@@ -37,10 +55,15 @@ def attached(model: HookedHF, added: StandingEdits) -> Iterator[None]:
     with model._tapping(Batch.of(torch.zeros(1, 1, dtype=torch.long)), taps):
         handle = torch_model.register_forward_pre_hook(calls.before, with_kwargs=True)
         own = torch_model.__dict__.get("generate")
+        outer = _edited.get(torch_model)
         torch_model.generate = calls.generating(torch_model.generate)
+        _edited[torch_model] = model
         try:
             yield
         finally:
+            del _edited[torch_model]
+            if outer is not None:
+                _edited[torch_model] = outer
             handle.remove()
             del torch_model.generate
             if own is not None:

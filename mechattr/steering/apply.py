@@ -154,9 +154,9 @@ def _hooked(model: Any) -> Any:
     if isinstance(model, HookedModel):
         return model
     if hasattr(model, "config") and hasattr(model, "forward"):
-        from mechattr.models.hf import HookedHF
+        from mechattr.models.attached import hooked_around
 
-        return HookedHF(model)
+        return hooked_around(model)
     raise SettingError("a model to steer", f"a {type(model).__name__}", "give a hooked model or a transformers model")
 
 

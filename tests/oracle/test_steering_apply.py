@@ -89,6 +89,35 @@ def test_a_model_of_the_user_is_steered_as_the_hooked_one(place: str) -> None:
             assert torch.equal(found, expected) and torch_model.__dict__.get("generate") is before
 
 
+def test_blocks_around_a_model_of_the_user_nest() -> None:
+    model, other = families.hooked("llama"), families.hooked("gpt2")
+    batch, torch_model = families.ragged("left"), model.model
+    given = {"input_ids": batch.tokens, "attention_mask": batch.mask.long(), "position_ids": batch.positions}
+    one, two = vector(model), vector(model, seed=1)
+
+    def logits() -> torch.Tensor:
+        with torch.no_grad():
+            return torch_model(**given).logits[batch.mask]
+
+    clean = logits()
+    with one.apply(torch_model):
+        first = logits()
+        with two.apply(torch_model, 2.0), vector(other).apply(other.model):
+            both = logits()
+        assert torch.equal(logits(), first)
+        with one.apply(torch_model, -1.0):
+            torch.testing.assert_close(logits(), clean, rtol=0, atol=1e-4)  # float32 sums
+    assert torch.equal(logits(), clean)
+    edits = [Edit(SITE, Add(one.tensors[SITE].values)), Edit(SITE, Add(2 * two.tensors[SITE].values))]
+    expected = model.run(batch, edits=edits).logits[batch.mask]
+    torch.testing.assert_close(both, expected, rtol=0, atol=1e-4)  # float32 sums
+    with pytest.raises(AssertionError):  # control: one of both
+        torch.testing.assert_close(first, expected, rtol=0, atol=1e-4)
+    twice = model.run(batch, edits=[edits[0], edits[0]]).logits[batch.mask]
+    with one.apply(torch_model, 2.0):  # what an earlier block attached is gone
+        torch.testing.assert_close(logits(), twice, rtol=0, atol=1e-4)
+
+
 def test_a_run_is_steered_as_by_an_edit_and_nothing_stays() -> None:
     for model in (plain("gpt2_like"), families.hooked("llama")):
         batch = Batch.of(families.ragged().tokens % model.info.d_vocab, families.ragged().mask)

@@ -16,6 +16,7 @@ from backends import backend_model
 from mechattr.errors import ModelStateError, NonFiniteError, SettingError, UnknownSiteError
 from mechattr.models import Add, Batch, Edit, HookedHF, PlainConfig, Rules, Scale, Start, plain_model
 from mechattr.sites import parse
+from mechattr.steering import SteeringVector
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -158,6 +159,38 @@ def test_a_hundred_runs_leave_no_tensor_alive(kind):
         assert live() == before
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("kind", ["hooked", "own", "generate", "rules"])
+def test_blocks_of_edits_and_runs_under_rules_leave_nothing_alive_and_nothing_behind(kind):
+    """`own`: edits attached to the transformers model itself, and to what it generates."""
+    model, batch = HookedHF(families.model("mixtral")), Batch.of(families.tokens(1, 4))
+    vector = SteeringVector.of({"blocks.1.hook_resid_post": torch.ones(model.info.d_model)})
+    bare, before = model.model, state(model.model)
+
+    def once() -> None:
+        if kind == "rules":
+            rules = Rules(norm="frozen", activation="secant", gate="half", router="detached", pattern="detached")
+            model.run(batch, metric=families.probe, gradients=("z", "expert_out"), rules=rules)
+            return
+        with pytest.raises(Stop), vector.apply(model if kind == "hooked" else bare), vector.apply(bare):
+            if kind == "generate":
+                bare.generate(batch.tokens, attention_mask=batch.mask.long(), max_new_tokens=2, pad_token_id=2)
+            elif kind == "own":
+                bare(batch.tokens)
+            raise Stop
+
+    once()
+    gc.collect()
+    alive = live()
+    gc.disable()  # what is left then is held by a cycle or by the model
+    try:
+        for _ in range(10):
+            once()
+        assert live() == alive
+    finally:
+        gc.enable()
+    assert state(bare) == before
 
 
 def test_activations_die_with_their_run():
