@@ -67,7 +67,8 @@ def estimate(model: HookedModel, task: Task, method: str, /, **settings: Any) ->
     if unknown:
         fix = nearest(unknown[0], list(signature.parameters)[2:])
         raise SettingError(f"{unknown[0]}= for {method}", "the method has no such setting", fix)
-    check_call(f"a call to estimate {method}", model, task)
+    instead = "call the method on a few pairs, and read the passes of its result"
+    check_call(f"a call to estimate {method}", model, task, instead=instead)
     needed = [
         p.name for p in list(signature.parameters.values())[2:] if p.default is p.empty and p.name not in settings
     ]

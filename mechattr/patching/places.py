@@ -86,8 +86,12 @@ def by_place(x: Float[Tensor, "token ..."], place: Int[Tensor, " token"], places
     return torch.einsum("tp,t...->p...", torch.nn.functional.one_hot(place, places).to(x.dtype), x)
 
 
-def check_call(what: str, model: HookedModel, task: Task, *, sources: bool = False) -> None:
-    """Checks what every method is given; `sources`: the method holds for encoder-decoder models.
+SOURCES_TOO = "use activation_patching, attribution_patching or ablation"
+
+
+def check_call(what: str, model: HookedModel, task: Task, *, sources: bool = False, instead: str = SOURCES_TOO) -> None:
+    """Checks what every method is given; `sources`: the method holds for encoder-decoder models, `instead`: what else
+    to do with them.
 
     Raises:
         SettingError: something else than a hooked model and a task.
@@ -104,7 +108,7 @@ def check_call(what: str, model: HookedModel, task: Task, *, sources: bool = Fal
         raise EmptyTaskError(what, "a task without pairs", "give at least one pair")
     if model.info.n_encoder_layers and not sources:
         found = "an encoder-decoder model, whose cross-attention reads and writes as well"
-        raise UnsupportedFeatureError(what, found, "use activation_patching, attribution_patching or ablation")
+        raise UnsupportedFeatureError(what, found, instead)
 
 
 def mode_of(task: Task, positions: Positions | None, sites: Sequence[str] = ()) -> Positions:

@@ -123,13 +123,13 @@ class Task:
         if mode != "aligned":
             raise UnknownNameError("positions", repr(mode), nearest(str(mode), ("aligned", "named", "all")))
         if not self._aligns(rows):
-            lengths = rows.lengths
+            lengths, named = rows.lengths, "positions='named' (the task's spans) or "  # a source has no spans
             raise AlignmentError(
                 f"a table by {'source ' * source}position over the {len(self)} pairs of task {self.name!r}",
                 f"{'sources' if source else 'prompts'} of {int(lengths.min())} to {int(lengths.max())} tokens, of "
                 f"{max(1, self._layouts)} template(s) with their spans",
-                "use positions='named' (the task's spans) or positions='all', or make the task from one template "
-                "(and of one order or kind, where it has these)",
+                f"use {'' if source else named}positions='all', or make the task from one template (and of one order "
+                "or kind, where it has these)",
             )
         return {str(i): ((i, i + 1),) * len(self) for i in range(int(rows.lengths[0]))}
 

@@ -292,7 +292,7 @@ def test_sources_that_do_not_align_leave_merged_positions():
     uneven = ma.tasks.from_pairs(model, UNEVEN)
     ma.activation_patching(model, uneven, sites="cross_z", progress=False)  # the decoder's rows align
     for method in (ma.activation_patching, ma.attribution_patching):
-        text = r"a table by source position over the 2 pairs.*\n  found: sources of 4 to 5 tokens"
+        text = r"table by source position over the 2 pairs.*\n.*sources of 4 to 5 tokens.*\n  fix: use positions='all'"
         with pytest.raises(AlignmentError, match=text):
             method(model, uneven, sites="cross_v")
         with pytest.raises(AlignmentError, match=r"positions='named' in a source\n.*its decoder\n.*positions='all'"):
@@ -407,6 +407,8 @@ def test_what_does_not_know_cross_attention_is_refused():
     for method in (ma.edge_attribution, ma.causal_tracing, ma.edge_patching):
         with pytest.raises(UnsupportedFeatureError, match="an encoder-decoder model, whose cross-attention reads and"):
             method(model, task)
+    with pytest.raises(UnsupportedFeatureError, match=r"to estimate ablation\n.*\n  fix: call the method on a few"):
+        ma.estimate(model, task, "ablation")  # the way out is not to take another method
     with pytest.raises(UnsupportedFeatureError, match=r"variant='star'\n  found: an encoder-decoder model"):
         ma.attribution_patching(model, task, variant="star")
     spans = [{**pair, "spans": {"name": (1, 2)}} for pair in ANSWERED]
