@@ -18,6 +18,7 @@ from mechattr.models.edits import Frame
 from mechattr.models.taps import Taps
 from mechattr.sites import full_name, parse
 
+TOGETHER = replace(GIM, activation="secant", gate="detached", softcap="secant", router="detached", temperature=3.0)
 every_family = pytest.mark.parametrize("family", families.FAMILIES)
 
 
@@ -134,6 +135,21 @@ def assert_site_by_site(model, family: str, ran: Rules, said: Rules) -> None:
 
 @every_family
 def test_every_family_obeys_the_rules_site_by_site(family):
+    """Each rule once: what excludes each other is in one of two."""
+    with families.widened():
+        model = families.hooked(family, torch.float64)
+        together = reachable(model, TOGETHER)
+        for rule in (reachable(model, RELP), together):
+            assert_site_by_site(model, family, rule, rule)
+        with pytest.raises(AssertionError):  # control
+            assert_site_by_site(model, family, together, replace(together, temperature=1.0))
+
+
+# slow: all families are in the test above, and one of each shape of block is here
+@pytest.mark.parametrize(
+    "family", [n if n in families.SHAPES else pytest.param(n, marks=pytest.mark.slow) for n in families.FAMILIES]
+)
+def test_presets_and_controls_site_by_site(family):
     with families.widened():
         model = families.hooked(family, torch.float64)
         for rule in (RELP, replace(GIM, activation="secant", temperature=3.0), Rules(), CP, ATTN):
@@ -244,15 +260,22 @@ def test_wrong_rules_are_refused(given, text):
         Rules(**given)
 
 
-def test_rules_leave_nothing_behind():
-    model, batch = families.hooked("phi3"), families.ragged("left")
-    before = model.run(batch, metric=families.probe, gradients="embed").gradients["embed"].values
+# fused projections, experts, shared experts, a prediction head, an encoder beside the decoder, sinks
+@pytest.mark.parametrize("family", ["phi3", "mixtral", "qwen2_moe", "bert", "t5", "gpt_oss"])
+def test_rules_leave_nothing_behind(family):
+    model, batch = families.hooked(family), families.ragged_of(family, "left")
+
+    def modules() -> list[tuple[str, list[str], int]]:
+        found = [(name, m.__dict__) for name, m in model.model.named_modules()]
+        return [(n, sorted(d), len(d["_forward_hooks"]) + len(d["_forward_pre_hooks"])) for n, d in found]
+
+    before, names = model.run(batch, metric=families.probe, gradients="embed").gradients["embed"].values, modules()
     with pytest.raises(ZeroDivisionError):
-        model.run(batch, metric=lambda logits, b: 1 / 0, gradients="embed", rules=RELP)
-    model.run(batch, metric=families.probe, gradients="embed", rules=GIM)
-    for module in model.model.modules():
-        assert not module._forward_hooks
-        assert not module._forward_pre_hooks
+        model.run(batch, metric=lambda logits, b: 1 / 0, gradients="embed", rules=reachable(model, RELP))
+    for rule in (GIM, CP, ATTN):
+        ruled = model.run(batch, metric=families.probe, gradients="embed", rules=reachable(model, rule))
+        assert not torch.equal(ruled.gradients["embed"].values, before)
+    assert modules() == names
     again = model.run(batch, metric=families.probe, gradients="embed").gradients["embed"].values
     assert torch.equal(again, before)
 
