@@ -13,7 +13,7 @@ from mechattr.report.parts import document, fact_table, figure, frame_table
 if TYPE_CHECKING:
     from mechattr.report.erasing import Erasure
 
-DOCUMENTS, ITEMS = 12, 60  # shown; the files have all
+DOCUMENTS, ITEMS = 8, 40  # shown; the files have all
 
 
 def page(result: Erasure, model: str, strings: Sequence[Sequence[str]], picture: Path, key: Mapping[str, Any]) -> str:
@@ -29,8 +29,8 @@ def page(result: Erasure, model: str, strings: Sequence[Sequence[str]], picture:
     sections = {
         "The answer": f'<p class="answer">{escape(result.summary)}</p>{_caution(result)}',
         "What each layer still says of the tokens before": _footprint(picture),
-        "The vocabulary that was read out": _vocabulary(result),
         "Documents in segments": _documents(result, strings),
+        "The vocabulary that was read out": _vocabulary(result),
         "Agreement with words of several tokens": _agreement(result),
         "Where this comes from": fact_table({name: escape(str(value)) for name, value in key.items()}),
     }

@@ -50,14 +50,14 @@ def figure(path: Path, alt: str, caption: str) -> str:
     )
 
 
-def frame_table(frame: pd.DataFrame, *, decimals: int = 3) -> str:
-    """A table that sorts by a click on a heading."""
+def frame_table(frame: pd.DataFrame, *, digits: int = 3) -> str:
+    """A table that sorts by a click on a heading; numbers have so many significant digits."""
     numeric = {name: frame[name].dtype.kind in "if" for name in frame}
     heads = "".join(f'<th class="{_kind(numeric[name])}" tabindex="0">{escape(str(name))}</th>' for name in frame)
     rows = []
     for row in frame.itertuples(index=False):
         cells = "".join(
-            f'<td class="{_kind(numeric[name])}" data-value="{escape(_full(x))}">{escape(_short(x, decimals))}</td>'
+            f'<td class="{_kind(numeric[name])}" data-value="{escape(_full(x))}">{escape(_short(x, digits))}</td>'
             for name, x in zip(frame, row, strict=True)
         )
         rows.append(f"<tr>{cells}</tr>")
@@ -73,7 +73,7 @@ def _full(value: Any) -> str:
     return "" if isinstance(value, float) and not math.isfinite(value) else str(value)
 
 
-def _short(value: Any, decimals: int) -> str:
+def _short(value: Any, digits: int) -> str:
     if not isinstance(value, float):
         return str(value)
-    return f"{value:.{decimals}f}" if math.isfinite(value) else ""
+    return f"{value:.{digits}g}" if math.isfinite(value) else ""

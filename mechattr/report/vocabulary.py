@@ -124,7 +124,7 @@ def _page(result: Vocabulary, model: str, picture: Path) -> str:
         "The answer": f'<p class="answer">{escape(result.summary)}</p>',
         "Can a text produce it?": fact_table(counts),
         "Did training reach it?": figure(picture, "probability of a repetition against the indicator", caption),
-        "The least trained tokens": f'<p class="note">{more}</p>{frame_table(frame.head(SHOWN), decimals=4)}',
+        "The least trained tokens": f'<p class="note">{more}</p>{frame_table(frame.head(SHOWN))}',
         "Tokens that no text produces by themselves": frame_table(unreached[["id", "text", "category"]].head(SHOWN)),
         "Where this comes from": fact_table(
             {
