@@ -106,7 +106,7 @@ def segments_html(
             parts.append(f'<span style="{look}" title="{about}">{inner}</span>')
         if any("\n" in token for token in tokens[first : last + 1]):
             parts.append("<br>")
-    return f'<div style="{_LINE}">{"".join(parts)}</div>'
+    return f'<div style="{_LINE}">{"<wbr>".join(parts)}</div>'  # lines may break between segments
 
 
 def _palette(n: int) -> list[str]:
