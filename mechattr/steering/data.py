@@ -106,19 +106,27 @@ def sides(
         batch_size: pairs of one forward pass.
 
     Raises:
-        SettingError: no such positions, or one that a text does not have.
+        SettingError: no such positions, or one that a text does not have; a pair of the same tokens; no batch.
 
     Cost:
         2 forward passes a pair.
     """
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise SettingError(f"batch_size={batch_size!r}", "no number of pairs", "give a whole number from 1")
     for begin in range(0, len(pairs), batch_size):
         part = pairs[begin : begin + batch_size]
         batch = model.tokenize([text for side in range(2) for text in (pair[side] for pair in part)])
+        n = len(part)
+        tokens = batch.tokens.masked_fill(~batch.mask, -1)
+        equal = (tokens[:n] == tokens[n:]).all(1)
+        if bool(equal.any()):
+            pair = f"pair {begin + int(equal.nonzero()[0])}"
+            raise SettingError(pair, "two texts of the same tokens", "texts must differ to the model")
         cache = model.run(batch, record=sites).activations
         found = []
         for site in sites:
             both = picked(cache[site].values, batch, positions).flatten(1)
-            found.append(Sides(site, *both.split(len(part))))
+            found.append(Sides(site, *both.split(n)))
         yield found
 
 
@@ -128,14 +136,23 @@ def shape_at(model: HookedModel, site: str) -> tuple[int, ...]:
     return tuple(sizes[axis] for axis in site_spec(site).axes[2:])
 
 
+def check_positions(positions: str | int) -> None:
+    """Whether `positions` names a place at which builders read.
+
+    Raises:
+        SettingError: it does not.
+    """
+    if isinstance(positions, bool) or (not isinstance(positions, int) and positions not in POSITIONS):
+        raise SettingError(f"positions={positions!r}", "no such place", nearest(str(positions), POSITIONS))
+
+
 def picked(x: Float[Tensor, "row pos ..."], batch: Batch, positions: str | int) -> Float[Tensor, "row ..."]:
     """The activations at the last token, at one position, or their mean over all tokens, in float32 or wider.
 
     Raises:
         SettingError: no such positions, or one that a row does not have.
     """
-    if isinstance(positions, bool) or (not isinstance(positions, int) and positions not in POSITIONS):
-        raise SettingError(f"positions={positions!r}", "no such place", nearest(str(positions), POSITIONS))
+    check_positions(positions)
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     if positions == "mean":
         mask = batch.mask.reshape(*batch.mask.shape, *([1] * (x.ndim - 2)))

@@ -16,7 +16,7 @@ from mechattr.models.base import Batch, HookedModel
 from mechattr.models.edits import Edit
 from mechattr.models.halving import Halving
 from mechattr.models.operators import Place
-from mechattr.steering.data import Sites, chosen_sites, picked, shape_at
+from mechattr.steering.data import Sites, check_positions, chosen_sites, picked, shape_at
 from mechattr.steering.made import made
 from mechattr.steering.preference import TokenScores, Triples, token_scores
 from mechattr.steering.vector import SteeringVector
@@ -86,6 +86,7 @@ def grains(
         Nguyen, Prasad, Stengel-Eskin, Bansal (2025), GrAInS, arXiv 2507.18043.
     """
     names = chosen_sites(model, layers, sites)
+    check_positions(positions)
     _check(k, {"mode": mode, "reduce": reduce, "ablate": ablate})
     scores = token_scores(
         model, triples, target=target, baseline=baseline, steps=steps, rule=rule, tolerance=tolerance,

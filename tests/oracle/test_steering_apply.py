@@ -9,6 +9,7 @@ import pytest
 import torch
 from patching_cases import plain
 
+import mechattr as ma
 from mechattr.errors import MismatchError, NonFiniteError, SettingError
 from mechattr.models import Batch
 from mechattr.models.edits import Edit
@@ -177,6 +178,21 @@ def test_heads_are_steered_one_by_one() -> None:
     expected = clean.clone()
     expected[:, :, 1] = x - (x @ u)[..., None] * u + 3.0
     torch.testing.assert_close(found.activations[site].values, expected, rtol=0, atol=1e-12)  # float64
+
+
+@pytest.mark.parametrize("backend", ["nnsight", "transformer_lens"])
+def test_other_backends_are_steered_alike(backend: str) -> None:
+    model, other = ma.load("tiny"), ma.load("tiny", backend=backend)
+    batch = model.tokenize(["They say that the cow", "At night the old farmer"], padding_side="left")
+    v = vector(model)
+    found = []
+    for one in (model, other):
+        with v.apply(one, [2.0, -1.0], positions="last"):
+            found.append((one.run(batch).logits, one.generate(batch, max_new_tokens=3, do_sample=False).texts))
+    torch.testing.assert_close(found[0][0][batch.mask], found[1][0][batch.mask], rtol=0, atol=1e-4)  # float32 sums
+    assert found[0][1] == found[1][1]
+    clean = other.run(batch).logits[batch.mask]  # the control: nothing steered
+    assert float((clean - found[1][0][batch.mask]).abs().max()) > 1
 
 
 def test_overflow_names_site_and_multiplier() -> None:

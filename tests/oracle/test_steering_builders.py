@@ -20,6 +20,7 @@ from mechattr.steering import (
     SteeringVector,
     act_add,
     from_direction,
+    grains,
     iti,
     mass_mean,
     mean_difference,
@@ -28,6 +29,14 @@ from mechattr.steering import (
     to_gguf,
 )
 from mechattr.steering.data import sides
+
+
+class Folding(Letters):
+    """A tokenizer that does not tell capital letters."""
+
+    def __call__(self, text: str, add_special_tokens: bool = True, **asked: Any) -> dict[str, Any]:
+        return super().__call__(text.lower(), add_special_tokens, **asked)
+
 
 WORDS = "abcdefgh"
 LAYER, SITE = 0, full_name("resid_post", 0)
@@ -249,11 +258,19 @@ def test_wrong_data_is_refused() -> None:
         (pairs, {}, "give layers= or sites=, not both"),
         (pairs, {"layers": [7]}, r"layers=\[7\]\n  found: a model with layers 0 to 0"),
         (pairs, {"layers": [0], "positions": "lats"}, "did you mean 'last'"),
+        (pairs, {"layers": [0], "batch_size": 0}, "batch_size=0\n  found: no number of pairs"),
+        (pairs, {"sites": []}, "where to steer\n  found: no sites"),
         (pairs, {"sites": "pattern"}, "steering at blocks.0.attn.hook_pattern"),
     ]
     for given, settings, text in cases:
         with pytest.raises(SettingError, match=text):
             mean_difference(model, given, **settings)
+    folding = type(model)(model.config, model._weights, tokenizer=Folding())
+    with pytest.raises(SettingError, match="pair 2\n  found: two texts of the same tokens"):
+        mean_difference(folding, [("a", "b"), ("ab", "a"), ("ab", "AB")], layers=[0], batch_size=2)
+    assert mean_difference(folding, [("ab", "BA"), ("ab", "A")], layers=[0]).settings["n_pairs"] == 2
+    with pytest.raises(SettingError, match="triple 1\n  found: two answers of the same tokens"):
+        grains(folding, [("a", "b", "c"), ("a", "b", "B")], layers=[0])
     with pytest.raises(SettingError, match="variant='pcaa'"):
         pca(model, pairs, layers=[0], variant="pcaa")
     with pytest.raises(SettingError, match="ridge=0"):
