@@ -247,8 +247,9 @@ class Attribution(Artifact):
 
     def nodes(self) -> list[Node]:
         """All measured nodes in node order."""
-        places = torch.nonzero(~node_vector(self.scores).isnan()).squeeze(1)
-        return _nodes(node_columns(self.scores, places))
+        scores = self._measure("score", _MEASURES)
+        places = torch.nonzero(~node_vector(scores).isnan()).squeeze(1)
+        return _nodes(node_columns(scores, places))
 
     def value(self, node: Node, which: str = "score") -> float:
         """One node's `"score"`, `"signed"`, `"contribution"` or `"abs_signed"`; NaN if it was not measured.

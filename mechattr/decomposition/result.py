@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from mechattr.artifact import Attribution
-from mechattr.errors import UnknownNameError, nearest
+from mechattr.errors import SettingError, UnknownNameError, nearest
 from mechattr.labelled import Labelled
 
 if TYPE_CHECKING:
@@ -22,7 +23,8 @@ class Decomposition(Attribution):
 
     `tensors` holds what the method gives, among `tokens` [pos], `components` [component], `ledger` [entry] and
     `score/NAME`; results of a list of prompts begin with the axis `batch`, and are NaN at padding. `settings["main"]`
-    names the table that is shown, `settings["strings"]` has the tokens as text.
+    names the table that is shown, `settings["strings"]` has the tokens as text. `top`, `nodes` and `value` know the
+    nodes of the sites that `lrp` was asked for; all other tables split or repeat what another one holds.
     """
 
     kind: ClassVar[str] = "decomposition"
@@ -36,6 +38,15 @@ class Decomposition(Attribution):
     def main(self) -> Labelled:
         """The table that `to_pandas` and a notebook show."""
         return self.tensors[str(self.settings["main"])]
+
+    def _measure(self, which: str, allowed: Sequence[str]) -> dict[str, Labelled]:
+        asked: Any = self.settings.get("sites") or ()
+        found = {name: table for name, table in super()._measure(which, allowed).items() if name in asked}
+        if not found:
+            tables = f"{self.settings['method']} with tables {', '.join(self.tensors)}, which are not of single nodes"
+            fix = "read one with to_pandas(table), or ask ma.lrp for the sites, as in sites='z'"
+            raise SettingError("nodes of a decomposition", tables, fix)
+        return found
 
     def to_pandas(self, table: str | None = None) -> pd.DataFrame:
         """A table in long form: a column for each axis, the token's text beside each position, and `value`.

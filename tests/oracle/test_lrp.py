@@ -255,6 +255,22 @@ def test_one_text_with_a_list_of_one_target_has_the_axis() -> None:
     assert ma.lrp(model, text, target=" Mary").tokens.axes == ("pos",)
 
 
+def test_nodes_are_those_of_the_sites_that_were_asked_for() -> None:
+    model, text = ma.load("tiny"), "When Mary and John went to the store"
+    result = ma.lrp(model, text, target=" Mary", sites="z")
+    table = result.scores["z"].values
+    layer, pos, head = (int(i) for i in torch.unravel_index(table.argmax(), table.shape))
+    best = ma.Node("z", layer, pos=pos, head=head)
+    assert result.top(1) == [best] and result.value(best) == table.max()
+    assert len(result.nodes()) == table.numel()  # and not the tokens' embeddings, which hold the same relevance again
+    plain_result = ma.lrp(model, text, target=" Mary")
+    direct = ma.direct_logit_attribution(model, text, target=" Mary")  # heads, and the same heads by source token
+    for other, tables in ((plain_result, "tokens, score/embed"), (direct, "components, score/heads")):
+        for ask in (lambda other=other: other.top(3), other.nodes):
+            with pytest.raises(SettingError, match=f"nodes of a decomposition\n  found: .*{tables}"):
+                ask()
+
+
 def test_blocks_computed_again_change_nothing() -> None:
     model = families.hooked("llama")
     again, once = (explain(model, checkpoint=c, variant="attn", sites="z") for c in (True, False))
