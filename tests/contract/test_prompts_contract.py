@@ -1,4 +1,4 @@
-"""What every row of `mechattr.METHODS` that takes prompts is held to."""
+"""What every row of `mechattr.METHODS` that takes prompts is held to (E16, E18)."""
 
 from __future__ import annotations
 

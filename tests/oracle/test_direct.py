@@ -1,4 +1,4 @@
-"""Direct logit attribution against the streams themselves: every share is written out by hand once more."""
+"""Direct logit attribution against the streams themselves, every share written out by hand once more (E3)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Backward rules: the forward pass stays, and at every site of every family each rule's equation holds."""
+"""Backward rules: the forward pass stays, and at every site of every family each rule's equation holds (E14)."""
 
 from __future__ import annotations
 
