@@ -26,7 +26,16 @@ LONG = 512
 
 
 def measure(rounds: int) -> list[Ratio]:
-    """Training on the bundled model, and segments at its sizes for 512 tokens."""
+    """Training on the bundled model, and segments at its sizes for 512 tokens: on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _measure(rounds)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _measure(rounds: int) -> list[Ratio]:
     model = ma.load("tiny")
     texts = [f"{n} {TEXT}" * 4 for n in range(DOCUMENTS)]
     steps = erasure.Descent(epochs=1, scaled=False)
@@ -39,8 +48,8 @@ def measure(rounds: int) -> list[Ratio]:
     }
     taken = interleaved(functions, rounds, warmup=1)
     n = len(check_layers(model, None)) * len(OFFSETS)
-    one, many = "tiny: one probe and document at a time", f"{n} erasure probes together"
-    batched = f"tiny: one probe at a time, {DOCUMENTS} documents in a forward pass"
+    one, many = "tiny, one thread: one probe and document at a time", f"{n} erasure probes together"
+    batched = f"tiny, one thread: one probe at a time, {DOCUMENTS} documents in a forward pass"
     return [
         ratio(f"{one} / {many}, by descent", taken["one"], taken["descent"], target=5.0, at_most=False),
         ratio(f"{batched} / {many}, by descent", taken["batched"], taken["descent"]),
@@ -89,5 +98,5 @@ def segmenting(rounds: int) -> Ratio:
 
     assert len(document.tokens) == LONG
     taken = interleaved({"ours": lambda: segments(document)}, rounds)["ours"]
-    name = f"tiny's sizes: scores and segments of {LONG} tokens / 0.1 s"
+    name = f"tiny's sizes, one thread: scores and segments of {LONG} tokens / 0.1 s"
     return ratio(name, taken, np.full(len(taken), 0.1), target=1.0)

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -24,7 +23,8 @@ from mechattr.models.base import HookedModel
 from mechattr.provenance import provenance
 
 OFFSETS = (-3, -2, -1, 0, 1)
-SAMPLE = 16  # documents on which probes in closed form are made sharp
+SAMPLE = 4  # documents on which probes in closed form are made sharp, by one of these factors
+FACTORS = tuple(4.0**power for power in range(7))
 
 
 def fit_probes(
@@ -128,16 +128,16 @@ def _closed(work: Work, recipe: Closed) -> tuple[Tensor, list[dict[str, Any]]]:
 
 
 def _sharpness(work: Work, weights: Float[Tensor, "probe vocab d_model"]) -> Float[Tensor, " probe"]:
-    """The factor, a power of 2, at which each probe's softmax fits some of the documents best: what ridge regression
+    """The factor, a power of 4, at which each probe's softmax fits some of the documents best: what ridge regression
     predicts lies between 0 and 1, so that its softmax as it is would be nearly flat."""
-    factors = [2.0**power for power in range(13)]
-    total = weights.new_zeros(len(factors), len(weights))
+    total = weights.new_zeros(len(FACTORS), len(weights))
     for document in work.documents(work.train[:SAMPLE], "sharpness"):
         states, labels, kept = work.stacked(document)
-        for i, factor in enumerate(factors):
-            found = log_probabilities(weights, states.to(weights.dtype) * factor, labels)
-            total[i] += (kept.to(found.dtype) * found).sum(-1)
-    return torch.tensor(factors, dtype=weights.dtype, device=weights.device)[total.argmax(0)]
+        for probe, (w, h, y, k) in enumerate(zip(weights, states.to(weights.dtype), labels, kept, strict=True)):
+            for i, factor in enumerate(FACTORS):
+                found = log_probabilities(w[None], h[None] * factor, y[None])[0]
+                total[i, probe] += (k.to(found.dtype) * found).sum()
+    return weights.new_tensor(FACTORS)[total.argmax(0)]
 
 
 def _descent(work: Work, recipe: Descent, resume: str | os.PathLike[str] | None) -> tuple[Tensor, list[dict[str, Any]]]:

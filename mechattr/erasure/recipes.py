@@ -12,7 +12,7 @@ from mechattr.errors import SettingError
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Closed:
     """Ridge regression on one-hot labels, in closed form, from one pass over the documents; each probe is then
-    multiplied by the power of 2 at which its softmax fits best, so that it gives probabilities.
+    multiplied by the power of 4 at which its softmax fits best, so that it gives probabilities.
 
     Attributes:
         alpha: the penalty, in units of the mean of the diagonal of H'H.
