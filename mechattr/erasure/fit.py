@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -23,7 +24,7 @@ from mechattr.models.base import HookedModel
 from mechattr.provenance import provenance
 
 OFFSETS = (-3, -2, -1, 0, 1)
-SAMPLE = 4  # documents on which probes in closed form are made sharp, by one of these factors
+SAMPLE, PLACES = 8, 16  # documents, and least positions of each, on which closed form is made sharp by one of:
 FACTORS = tuple(4.0**power for power in range(7))
 
 
@@ -130,14 +131,16 @@ def _closed(work: Work, recipe: Closed) -> tuple[Tensor, list[dict[str, Any]]]:
 def _sharpness(work: Work, weights: Float[Tensor, "probe vocab d_model"]) -> Float[Tensor, " probe"]:
     """The factor, a power of 4, at which each probe's softmax fits some of the documents best: what ridge regression
     predicts lies between 0 and 1, so that its softmax as it is would be nearly flat."""
-    total = weights.new_zeros(len(FACTORS), len(weights))
+    parts = []
     for document in work.documents(work.train[:SAMPLE], "sharpness"):
-        states, labels, kept = work.stacked(document)
-        for probe, (w, h, y, k) in enumerate(zip(weights, states.to(weights.dtype), labels, kept, strict=True)):
-            for i, factor in enumerate(FACTORS):
-                found = log_probabilities(w[None], h[None] * factor, y[None])[0]
-                total[i, probe] += (k.to(found.dtype) * found).sum()
-    return weights.new_tensor(FACTORS)[total.argmax(0)]
+        some = slice(None, None, max(1, len(document.tokens) // PLACES))
+        parts.append([x[:, some] for x in work.stacked(document)])
+    states, labels, kept = (torch.cat(columns, 1) for columns in zip(*parts, strict=True))
+    best = []
+    for w, h, y, k in zip(weights, states.to(weights.dtype), labels, kept.to(weights.dtype), strict=True):
+        found = [log_probabilities(w[None], h[None] * factor, y[None])[0] for factor in FACTORS]
+        best.append(torch.stack([(k * x).sum() for x in found]).argmax())
+    return weights.new_tensor(FACTORS)[torch.stack(best)]
 
 
 def _descent(work: Work, recipe: Descent, resume: str | os.PathLike[str] | None) -> tuple[Tensor, list[dict[str, Any]]]:
