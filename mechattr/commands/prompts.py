@@ -164,6 +164,8 @@ def _written(result: Decomposition, name: str, out: Path, overwrite: bool) -> li
     from mechattr.decomposition.routes import Routes
 
     matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
     artifact = out / f"{name}.safetensors"
     if artifact.exists() and not overwrite:
         old = open_artifact(artifact)
@@ -174,8 +176,9 @@ def _written(result: Decomposition, name: str, out: Path, overwrite: bool) -> li
     out.mkdir(parents=True, exist_ok=True)
     result.save(artifact)
     result.to_pandas().to_csv(out / f"{name}.csv", index=False)
-    figure = result.plot().figure
-    draw.save(cast(Any, figure), out / f"{name}.png")
+    figure = cast(Any, result.plot().figure)
+    draw.save(figure, out / f"{name}.png")
+    plt.close(figure)  # pyplot keeps what it made
     kinds = ["safetensors", "csv", "png"]
     if isinstance(result, Routes):
         (out / f"{name}.html").write_text(result.page(), encoding="utf-8")
