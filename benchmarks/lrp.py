@@ -14,6 +14,7 @@ from benchmarks.measure import Ratio, interleaved, ratio
 from mechattr.models import Batch, HookedHF
 
 TARGETS = list(range(100, 116))
+VARIANTS = {"cp": "CP-LRP", "attn": "AttnLRP"}
 
 
 class Bare:
@@ -44,41 +45,47 @@ class Bare:
             torch.autograd.grad(logits[:, target].sum(), embeddings, retain_graph=True)
 
 
-def measure(shape: str, rounds: int) -> list[Ratio]:
+class Setting:
     """One prompt of one shape."""
-    raw = models.raw(shape)
-    hooked, tokens = HookedHF(raw, name=shape), models.tokens(shape, 1)[:1]
-    bare, batch = Bare(raw, tokens), Batch.of(tokens)
 
-    def lrp(variant: str, target: Any = TARGETS[0]) -> Callable[[], object]:
-        return lambda: ma.lrp(hooked, batch, target=target, variant=variant)
+    def __init__(self, shape: str) -> None:
+        raw, tokens = models.raw(shape), models.tokens(shape, 1)[:1]
+        self.hooked, self.bare, self.batch = HookedHF(raw, name=shape), Bare(raw, tokens), Batch.of(tokens)
 
-    taken = interleaved({"bare": bare.one, "cp": lrp("cp"), "attn": lrp("attn")}, rounds)
-    several = interleaved(
-        {"each": bare.each, "shared": bare.shared, "cp": lrp("cp", TARGETS), "attn": lrp("attn", TARGETS)},
-        max(3, rounds // 4),
-        warmup=1,
-    )
-    goal, n = shape == "M", len(TARGETS)
-    rows = [
-        ratio(f"{shape}: {name} / (1 forward + 1 backward)", taken[key], taken["bare"], target=1.2 if goal else None)
-        for key, name in (("cp", "CP-LRP"), ("attn", "AttnLRP"))
+    def lrp(self, variant: str, target: Any) -> Callable[[], object]:
+        """One call."""
+        return lambda: ma.lrp(self.hooked, self.batch, target=target, variant=variant)
+
+
+def measure(shape: str, rounds: int) -> list[Ratio]:
+    """One target, over a forward and a backward pass."""
+    at = Setting(shape)
+    jobs = {"bare": at.bare.one, "cp": at.lrp("cp", TARGETS[0]), "attn": at.lrp("attn", TARGETS[0])}
+    taken = interleaved(jobs, rounds)
+    goal = 1.2 if shape == "M" else None
+    return [
+        ratio(f"{shape}: {name} / (1 forward + 1 backward)", taken[key], taken["bare"], target=goal)
+        for key, name in VARIANTS.items()
     ]
-    for key, name in (("cp", "CP-LRP"), ("attn", "AttnLRP")):
-        rows += [
-            ratio(
-                f"{shape}: 1 forward + {n} backward passes on its graph / {name} of {n} targets in one",
-                several["shared"],
-                several[key],
-                target=1.0 if goal else None,
-                at_most=False,
-            ),
-            ratio(
-                f"{shape}: {n} forward-backward passes / {name} of {n} targets in one",
-                several["each"],
-                several[key],
-                target=1.5 if goal else None,
-                at_most=False,
-            ),
-        ]
-    return rows
+
+
+def several(shape: str, rounds: int) -> list[Ratio]:
+    """All targets in one batched backward pass, beside passes one after the other."""
+    at, n, goal = Setting(shape), len(TARGETS), shape == "M"
+    jobs = {"shared": at.bare.shared, "each": at.bare.each, **{key: at.lrp(key, TARGETS) for key in VARIANTS}}
+    taken = interleaved(jobs, rounds, warmup=1)
+    others = {
+        "shared": (f"1 forward + {n} backward passes on its graph", 1.0),
+        "each": (f"{n} forward-backward passes", 1.5),
+    }
+    return [
+        ratio(
+            f"{shape}: {what} / {name} of {n} targets in one",
+            taken[other],
+            taken[key],
+            target=least if goal else None,
+            at_most=False,
+        )
+        for key, name in VARIANTS.items()
+        for other, (what, least) in others.items()
+    ]
