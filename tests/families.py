@@ -97,6 +97,12 @@ def hooked(family: str, dtype: torch.dtype = torch.float32, attention: str = "ea
         return HookedHF(small_model(family, dtype, attention))
 
 
+def hooks_of(model: HookedHF) -> list[tuple[str, int]]:
+    """How many hooks each module has: a shared model may have some of other tools."""
+    modules = model.model.named_modules()
+    return [(name, len(m._forward_hooks) + len(m._forward_pre_hooks)) for name, m in modules]
+
+
 def batch_of(family: str, ids: torch.Tensor) -> Batch:
     """Rows without padding that a small model can run: with a source of another length where it reads one."""
     batch = Batch.of(ids)

@@ -166,6 +166,7 @@ def test_memory_is_that_of_a_block(kind: str, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("kind", ("plain", "llama"))
 def test_nothing_is_left(kind: str) -> None:
     model = plain() if kind == "plain" else families.hooked("llama")
+    hooks = families.hooks_of(model) if kind == "llama" else []
     seen: list[weakref.ref[Tensor]] = []
     edit = Edit("mlp_pre", lambda x, place: seen.append(weakref.ref(x)) or x)
     gc.disable()  # what is left then is held by a cycle or by the model
@@ -181,12 +182,13 @@ def test_nothing_is_left(kind: str) -> None:
     finally:
         gc.enable()
     if kind == "llama":
-        assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.model.modules())
+        assert families.hooks_of(model) == hooks
         assert not any("forward" in m.__dict__ for m in model.model.modules())
 
 
 def test_a_visit_that_raises_leaves_a_usable_tape() -> None:
     model = families.hooked("llama")
+    hooks = families.hooks_of(model)
     tape = model.tape(families.ragged(), metric=families.probe, gradients="z", checkpoint=True)
 
     def stop(*_: object) -> None:
@@ -197,7 +199,7 @@ def test_a_visit_that_raises_leaves_a_usable_tape() -> None:
     found: list[str] = []
     tape.pull_back(lambda name, x, g: found.append(name), last=True)
     assert len(found) == model.info.n_layers
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.model.modules())
+    assert families.hooks_of(model) == hooks
 
 
 def test_without_a_gradient_it_changes_nothing() -> None:
