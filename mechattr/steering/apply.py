@@ -78,7 +78,10 @@ def apply(
                 acts += [Edit(name, Steer(v, factors, operation), positions=[p], rows=rows)] * bool(rows)
         return acts
 
-    digest = " ".join(storage.checksum(x) for x in tensors.values()) + f" {factors.tolist()} {positions} {operator}"
+    # a tensor's text leaves out the middle of a long one, and a function's has its address
+    where = storage.checksum(positions) if isinstance(positions, Tensor) else str(positions)
+    how = operator if isinstance(operator, str) else getattr(operator, "__qualname__", type(operator).__qualname__)
+    digest = " ".join([*map(storage.checksum, tensors.values()), str(factors.tolist()), where, how])
     added = StandingEdits(edits, tuple(tensors), digest)
     if hooked is model:
         with hooked.standing(added):

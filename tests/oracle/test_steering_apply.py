@@ -165,6 +165,17 @@ def test_rows_have_multipliers_of_their_own_and_masks_say_where() -> None:
         model.run(batch)
 
 
+def test_results_made_while_steering_say_how() -> None:
+    model = plain("gpt2_like")
+    v, masks = vector(model), [torch.zeros(20, 60, dtype=torch.bool) for _ in range(2)]
+    masks[1][10, 30] = True  # in the middle, which a tensor's text leaves out
+    seen = []
+    for positions in (*masks, masks[1].clone(), "all", "last"):
+        with v.apply(model, positions=positions):
+            seen.append(model.fingerprint()["standing_hash"])
+    assert seen[1] == seen[2] and len(set(seen)) == 4
+
+
 def test_heads_are_steered_one_by_one() -> None:
     model = plain("gpt2_like")
     batch = Batch.of(families.tokens() % model.info.d_vocab)
