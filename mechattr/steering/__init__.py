@@ -9,6 +9,7 @@ from mechattr.steering.grains import grains
 from mechattr.steering.operators import OPERATORS
 from mechattr.steering.preference import TokenScores, token_scores
 from mechattr.steering.probes import iti, probe
+from mechattr.steering.propensity import propensity
 from mechattr.steering.refusal import refusal
 from mechattr.steering.vector import SteeringVector
 
@@ -26,6 +27,7 @@ __all__ = [
     "mean_difference",
     "pca",
     "probe",
+    "propensity",
     "refusal",
     "to_gguf",
     "to_json",

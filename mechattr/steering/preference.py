@@ -144,18 +144,25 @@ class _Preference:
     target: str
 
     def __call__(self, logits: Float[Tensor, "row pos d_vocab"], batch: Batch) -> Float[Tensor, " row"]:
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        rows = torch.arange(len(batch), device=batch.device)
-        if self.target == "repo":
-            last = batch.columns(-1)
-            here = wide[rows, last]
-            found = here[rows, batch.tokens[rows, last]] - here.logsumexp(-1)
+        if self.target == "sequence":
+            found = answer_log_probabilities(logits, batch, self.starts[batch.example])
+        elif self.target == "last_token":
+            found = answer_log_probabilities(logits, batch, batch.lengths - 1)
         else:
-            before, after = wide[:, :-1], batch.tokens[:, 1:]
-            log_p = before.gather(2, after[..., None])[..., 0] - before.logsumexp(-1)
-            first = self.starts[batch.example] if self.target == "sequence" else batch.lengths - 1
-            found = log_p.masked_fill(batch.positions[:, 1:] < first[:, None], 0).sum(1)
+            rows, last = torch.arange(len(batch), device=batch.device), batch.columns(-1)
+            here = logits[rows, last].to(torch.promote_types(logits.dtype, torch.float32))
+            found = here[rows, batch.tokens[rows, last]] - here.logsumexp(-1)
         return torch.where(batch.example < len(self.starts) // 2, found, -found)
+
+
+def answer_log_probabilities(
+    logits: Float[Tensor, "row pos d_vocab"], batch: Batch, starts: Int[Tensor, " row"]
+) -> Float[Tensor, " row"]:
+    """The log-probability of each row's tokens from its position `starts` on, in nats, in float32 or wider."""
+    before, after = logits[:, :-1], batch.tokens[:, 1:]
+    before = before.to(torch.promote_types(before.dtype, torch.float32))
+    log_p = before.gather(2, after[..., None])[..., 0] - before.logsumexp(-1)
+    return log_p.masked_fill(batch.positions[:, 1:] < starts[:, None], 0).sum(1)
 
 
 def _checked(triples: Any) -> list[tuple[str, str, str]]:
