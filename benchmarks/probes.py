@@ -21,7 +21,8 @@ TEXT = (
     "Once upon a time there was a little girl who lived in a small house near the forest. Every morning she walked to "
     "the river with her brother, and they looked for stones that were round and white. "
 )
-DOCUMENTS = 8
+DOCUMENTS = 32  # so many that training, not what is done once, is measured
+TOGETHER = 8  # of a forward pass
 LONG = 512
 
 
@@ -39,17 +40,17 @@ def _measure(rounds: int) -> list[Ratio]:
     model = ma.load("tiny")
     texts = [f"{n} {TEXT}" * 4 for n in range(DOCUMENTS)]
     steps = erasure.Descent(epochs=1, scaled=False)
-    fit = partial(erasure.fit_probes, model, texts, held_out=0.0, progress=False)
+    fit = partial(erasure.fit_probes, model, texts, held_out=0.0, batch_size=TOGETHER, progress=False)
     functions = {
         "one": lambda: one_at_a_time(model, texts, steps, batch_size=1),
-        "batched": lambda: one_at_a_time(model, texts, steps, batch_size=DOCUMENTS),
+        "batched": lambda: one_at_a_time(model, texts, steps, batch_size=TOGETHER),
         "descent": lambda: fit(recipe=steps),
         "closed": lambda: fit(recipe=erasure.Closed()),
     }
     taken = interleaved(functions, rounds, warmup=1)
     n = len(check_layers(model, None)) * len(OFFSETS)
     one, many = "tiny, one thread: one probe and document at a time", f"{n} erasure probes together"
-    batched = f"tiny, one thread: one probe at a time, {DOCUMENTS} documents in a forward pass"
+    batched = f"tiny, one thread: one probe at a time, {TOGETHER} documents in a forward pass"
     return [
         ratio(f"{one} / {many}, by descent", taken["one"], taken["descent"], target=5.0, at_most=False),
         ratio(f"{batched} / {many}, by descent", taken["batched"], taken["descent"]),

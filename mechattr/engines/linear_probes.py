@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 LOGITS = 2**24  # logits of all probes and states together that are held at once
+NEGLIGIBLE = -60.0  # e^-60 of the largest term is below the rounding of a sum; much smaller numbers would be slow
 
 
 def chunks(n_labels: int, states: Float[Tensor, "probe n d"], chunk: int | None = None) -> Iterator[slice]:
@@ -30,7 +31,10 @@ def log_normaliser(
     """log sum_y exp(w_y . h), with one chunk of logits in memory."""
     total = states.new_full(states.shape[:2], -torch.inf)
     for part in chunks(weights.shape[1], states, chunk):
-        total = torch.logaddexp(total, torch.logsumexp(states @ weights[:, part].mT, -1))
+        logits = states @ weights[:, part].mT
+        top = logits.amax(-1, keepdim=True)
+        here = _exponentials(logits, top).sum(-1).log_().add_(top[..., 0])
+        total = torch.logaddexp(total, here)
     return total
 
 
@@ -100,17 +104,22 @@ def cross_entropy_gradient(
         if len(parts) == 1:
             logits = h @ w.mT
             top = logits.amax(-1, keepdim=True)
-            total = logits.sub_(top).exp_().sum(-1)
+            total = _exponentials(logits, top).sum(-1)
             normaliser = top[:, 0] + total.log()
             gradient[i].addmm_(logits.mT, h * (k / total)[:, None])
         else:
             normaliser = log_normaliser(w[None], h[None], chunk=chunk)[0]
             for part in parts:
-                probability = (h @ w[part].mT - normaliser[:, None]).exp_()
+                probability = _exponentials(h @ w[part].mT, normaliser[:, None])
                 gradient[i, part].addmm_(probability.mT, h * k[:, None])
         gradient[i].index_add_(0, y, h * -k[:, None])
         loss[i] = (k * (normaliser - (w[y] * h).sum(-1))).sum()
     return loss, gradient
+
+
+def _exponentials(logits: Float[Tensor, "*n label"], top: Float[Tensor, "*n 1"]) -> Float[Tensor, "*n label"]:
+    """e^(logits - top) in place, but not below what is negligible."""
+    return logits.sub_(top).clamp_(min=NEGLIGIBLE).exp_()
 
 
 @dataclass(eq=False, slots=True)

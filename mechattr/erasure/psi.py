@@ -83,13 +83,13 @@ def segment_spans(scores: Float[Tensor, "start end"], *, longest: int | None = N
         raise SettingError("scores of spans", f"shape {tuple(scores.shape)}", "give shape [pos, pos], as psi does")
     if longest is not None and (isinstance(longest, bool) or not isinstance(longest, int) or longest < 1):
         raise SettingError(f"longest={longest!r}", "no length", "give a whole number from 1")
-    lengths = torch.arange(n)[None] - torch.arange(n)[:, None]
-    allowed = (lengths >= 0) & (lengths < (n if longest is None else longest))
-    begin, end = allowed.nonzero().T
-    value = scores.cpu()[begin, end].double()
-    order = torch.argsort(end - begin, stable=True)  # rows come by start already
-    value = value[order].nan_to_num(nan=-math.inf)
-    order = order[value.argsort(descending=True, stable=True)]
+    most = n if longest is None else min(longest, n)
+    # row by row: shorter spans first, and of equally long ones the earlier
+    begin = torch.arange(n).expand(most, n)
+    end = begin + torch.arange(most)[:, None]
+    begin, end = begin[end < n], end[end < n]
+    value = scores.cpu()[begin, end].nan_to_num(nan=-math.inf)
+    order = value.argsort(descending=True, stable=True)
     free = [n] * n  # for each position, the first one from there on that is taken
     taken, left, accepted = [False] * n, n, []
     for p, q in zip(begin[order].tolist(), end[order].tolist(), strict=True):

@@ -85,10 +85,10 @@ class Training:
 
     def step(self) -> None:
         """One step of AdamW with what waits, each probe's gradient clipped by itself."""
-        gradient = self.gradient / self.waiting if self.recipe.average else self.gradient
+        gradient = self.gradient.div_(self.waiting) if self.recipe.average else self.gradient
         if self.recipe.clip is not None:
             norms = gradient.flatten(1).norm(dim=1)
-            gradient = gradient * (self.recipe.clip / norms.clamp(min=self.recipe.clip))[:, None, None]
+            gradient *= (self.recipe.clip / norms.clamp(min=self.recipe.clip))[:, None, None]
         self.steps += 1
         warm = min(1.0, self.steps / max(1, self.recipe.warmup))
         self.optimiser.param_groups[0]["lr"] = self.recipe.rate * self.factor * warm

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from mechattr.engines import linear_probes
 from mechattr.engines.linear_probes import (
     LOGITS,
     Ridge,
@@ -28,8 +29,10 @@ def data(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 23, 100])
-def test_chunks_give_what_all_logits_at_once_give(chunk: int) -> None:
+@pytest.mark.parametrize("size", [1.0, 40.0])  # of the weights: with 40 most labels are negligible
+def test_chunks_give_what_all_logits_at_once_give(chunk: int, size: float) -> None:
     weights, states, labels, kept = data()
+    weights = weights * size
     logits = states @ weights.mT
     whole = logits.log_softmax(-1).gather(-1, labels[..., None])[..., 0]
     torch.testing.assert_close(log_probabilities(weights, states, labels, chunk=chunk), whole, **CLOSE)
@@ -54,6 +57,14 @@ def test_a_gradient_without_its_labels_is_told_apart() -> None:
     other = (labels + 1) % V
     with pytest.raises(AssertionError):
         torch.testing.assert_close(cross_entropy_gradient(weights, states, other, kept)[1], gradient, **CLOSE)
+
+
+def test_more_than_what_is_negligible_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, states, labels, _ = data()
+    whole = (states @ weights.mT).log_softmax(-1).gather(-1, labels[..., None])[..., 0]
+    monkeypatch.setattr(linear_probes, "NEGLIGIBLE", -3.0)  # far too much is left as it is not
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(log_probabilities(weights, states, labels), whole, **CLOSE)
 
 
 def test_many_states_take_fewer_labels_at_once() -> None:
