@@ -11,6 +11,8 @@ from mechattr.steering.preference import TokenScores, token_scores
 from mechattr.steering.probes import iti, probe
 from mechattr.steering.propensity import propensity
 from mechattr.steering.refusal import refusal
+from mechattr.steering.side_effects import cross_entropy, kl_of_logits, kl_to_base, perplexity
+from mechattr.steering.text_measures import distinct_n, repetition
 from mechattr.steering.vector import SteeringVector
 
 __all__ = [
@@ -18,17 +20,23 @@ __all__ = [
     "SteeringVector",
     "TokenScores",
     "act_add",
+    "cross_entropy",
+    "distinct_n",
     "from_direction",
     "from_gguf",
     "from_json",
     "grains",
     "iti",
+    "kl_of_logits",
+    "kl_to_base",
     "mass_mean",
     "mean_difference",
     "pca",
+    "perplexity",
     "probe",
     "propensity",
     "refusal",
+    "repetition",
     "to_gguf",
     "to_json",
     "token_scores",
