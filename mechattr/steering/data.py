@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechattr.errors import SettingError, nearest
@@ -136,27 +136,33 @@ def shape_at(model: HookedModel, site: str) -> tuple[int, ...]:
     return tuple(sizes[axis] for axis in site_spec(site).axes[2:])
 
 
-def check_positions(positions: str | int) -> None:
+def check_positions(positions: str | int, words: Sequence[str] = POSITIONS) -> None:
     """Whether `positions` names a place at which builders read.
 
     Raises:
         SettingError: it does not.
     """
-    if isinstance(positions, bool) or (not isinstance(positions, int) and positions not in POSITIONS):
-        raise SettingError(f"positions={positions!r}", "no such place", nearest(str(positions), POSITIONS))
+    if isinstance(positions, bool) or (not isinstance(positions, int) and positions not in words):
+        raise SettingError(f"positions={positions!r}", "no such place", nearest(str(positions), words))
 
 
-def picked(x: Float[Tensor, "row pos ..."], batch: Batch, positions: str | int) -> Float[Tensor, "row ..."]:
-    """The activations at the last token, at one position, or their mean over all tokens, in float32 or wider.
+def picked(
+    x: Float[Tensor, "row pos ..."], batch: Batch, positions: str | int | Int[Tensor, " row"]
+) -> Float[Tensor, "row ..."]:
+    """The activations at the last token, at one position or one a row, or their mean over all tokens, in float32 or
+    wider.
 
     Raises:
         SettingError: no such positions, or one that a row does not have.
     """
-    check_positions(positions)
     x = x.to(torch.promote_types(x.dtype, torch.float32))
+    rows = torch.arange(len(x), device=x.device)
+    if isinstance(positions, Tensor):
+        return x[rows, batch.columns(0) + positions]
+    check_positions(positions)
     if positions == "mean":
         mask = batch.mask.reshape(*batch.mask.shape, *([1] * (x.ndim - 2)))
         counts = batch.lengths.reshape(-1, *([1] * (x.ndim - 2)))
         return x.masked_fill(~mask, 0).sum(1) / counts
     columns = batch.columns(-1 if positions == "last" else int(positions))
-    return x[torch.arange(len(x), device=x.device), columns]
+    return x[rows, columns]

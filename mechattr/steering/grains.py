@@ -16,7 +16,7 @@ from mechattr.models.base import Batch, HookedModel
 from mechattr.models.edits import Edit
 from mechattr.models.halving import Halving
 from mechattr.models.operators import Place
-from mechattr.steering.data import Sites, check_positions, chosen_sites, picked, shape_at
+from mechattr.steering.data import POSITIONS, Sites, check_positions, chosen_sites, picked, shape_at
 from mechattr.steering.made import made
 from mechattr.steering.preference import TokenScores, Triples, token_scores
 from mechattr.steering.vector import SteeringVector
@@ -61,7 +61,8 @@ def grains(
         layers: blocks whose output (`resid_post`, so before the final norm) is steered; or
         sites: sites by name, or nodes.
         k: tokens of a sequence and sign; all that there are, where there are fewer.
-        positions: where h is read: at the `"last"` token, the `"mean"`, or one position.
+        positions: where h is read: at the `"last"` token, where the answer has been read; at `"prompt_last"`, the
+            prompt's last token, where the answer is decided; the `"mean"`; or one position.
         seed: nothing is drawn here; kept for one signature of all builders.
         mode: `"both"`, or one of the two terms: `"pos"` is v(positive tokens), `"neg"` is -v(negative tokens).
         reduce: the `"mean"`, or `"pca_uncentered"`: the first principal component of the differences, which are not
@@ -86,7 +87,7 @@ def grains(
         Nguyen, Prasad, Stengel-Eskin, Bansal (2025), GrAInS, arXiv 2507.18043.
     """
     names = chosen_sites(model, layers, sites)
-    check_positions(positions)
+    check_positions(positions, (*POSITIONS, "prompt_last"))
     _check(k, {"mode": mode, "reduce": reduce, "ablate": ablate})
     scores = token_scores(
         model, triples, target=target, baseline=baseline, steps=steps, rule=rule, tolerance=tolerance,
@@ -149,7 +150,8 @@ def _differences(
         part = batch.rows(rows.repeat(1 + len(hits)))
         part, edits = _without(model, part, gone, ablate)
         cache = model.run(part, record=names, edits=edits).activations
-        found = [picked(cache[name].values, part, positions).flatten(1) for name in names]
+        where = scores.starts[part.example] - 1 if positions == "prompt_last" else positions
+        found = [picked(cache[name].values, part, where).flatten(1) for name in names]
         split = [x.reshape(1 + len(hits), len(triples), 2, -1).transpose(0, 1).flatten(1, 2) for x in found]
         return [[x[j] for x in split] for j in range(len(triples))]
 

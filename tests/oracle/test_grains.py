@@ -65,6 +65,14 @@ def test_the_token_that_drives_the_preference_and_its_direction_are_found(settin
     assert cosine(plain.directions[0], direction) < 0.9  # the control: no token taken away, so answers differ
 
 
+def test_before_the_answer_the_direction_is_found_where_the_token_is_not_read_itself() -> None:
+    model, direction = driven()
+    apart = [triple for triple in TRIPLES if not triple[0].endswith("c")]
+    v, mixed = (grains(model, t, layers=[0], positions="prompt_last").directions[0] for t in (apart, TRIPLES))
+    assert cosine(v, direction) > 0.99
+    assert cosine(mixed, direction) < 0.95  # the control: where c is the last token, its own embedding is taken away
+
+
 def test_dispreferred_answers_count_against() -> None:
     """The control of the planted token: the sign of the dispreferred sequence forgotten."""
     model, _ = driven()
@@ -134,41 +142,46 @@ def test_scores_sum_to_the_preference(target: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["gpt2_like", "llama_like"])
-@pytest.mark.parametrize("ablate", ["mean_embed", "pad"])
-def test_the_vector_is_its_definition_in_single_runs(kind: str, ablate: str) -> None:
+@pytest.mark.parametrize(("ablate", "positions"), [("mean_embed", "last"), ("pad", "last"), ("pad", "prompt_last")])
+def test_the_vector_is_its_definition_in_single_runs(kind: str, ablate: str, positions: str) -> None:
     model, k = small(kind), 2
     layers = [0, model.info.n_layers - 1]
-    found = grains(model, WORDS, layers=layers, k=k, ablate=ablate, batch_size=13)
+    found = grains(model, WORDS, layers=layers, k=k, ablate=ablate, positions=positions, batch_size=13)
     scores = token_scores(model, WORDS)
     mean = model.weight("embed.W_E").mean(0)
     for layer in layers:
         site, parts = full_name("resid_post", layer), {1: [], -1: []}
 
-        def state(ids: torch.Tensor, at: list[int], site: str = site) -> torch.Tensor:
+        def state(ids: torch.Tensor, at: list[int], end: int, site: str = site) -> torch.Tensor:
             tokens, edits = (
                 ids.clone(),
                 [Edit("embed", Set(mean), positions=at)] if ablate == "mean_embed" and at else [],
             )
             if ablate == "pad":
                 tokens[at] = 0
-            return model.run(Batch.of(tokens), record=site, edits=edits).activations[site].values[0, -1]
+            return model.run(Batch.of(tokens), record=site, edits=edits).activations[site].values[0, end]
 
         normed: list[torch.Tensor] = []
 
         for row in range(2 * len(WORDS)):
             ids = scores.batch.tokens[row, scores.batch.mask[row]]
+            end = len(ids) - 1 if positions == "last" else len(WORDS[row % len(WORDS)][0])  # a first token, no answer
             for sign, part in parts.items():
                 order = sorted(range(1, len(ids)), key=lambda t, r=row, s=sign: -s * float(scores.values[r, t]))
                 at = [t for t in order[:k] if sign * float(scores.values[row, t]) > 0]
                 if at:
-                    part.append(state(ids, []) - state(ids, at))
+                    part.append(state(ids, [], end) - state(ids, at, end))
                     final = "ln_final.hook_out"
-                    normed.append(sign * (state(ids, [], final) - state(ids, at, final)))
+                    normed.append(sign * (state(ids, [], end, final) - state(ids, at, end, final)))
         expected = torch.stack(parts[1]).mean(0) - torch.stack(parts[-1]).mean(0)
         torch.testing.assert_close(found.directions[layer].double(), expected, rtol=1e-5, atol=1e-6)  # float32 results
         assert found.settings["n_ablated"] == {"pos": len(parts[1]), "neg": len(parts[-1])}
     wrong = torch.stack(normed).mean(0)  # the control: states behind the final norm have another direction
     assert cosine(found.directions[layers[-1]], wrong) < 0.99
+    if positions == "prompt_last":  # the control: answers have one token or two, so that this is another place
+        with pytest.raises(AssertionError):
+            elsewhere = grains(model, WORDS, layers=layers, k=k, ablate=ablate, positions=-2)
+            torch.testing.assert_close(elsewhere.directions[layers[-1]].double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_hidden_tokens_are_as_if_they_were_not_there() -> None:
@@ -247,6 +260,7 @@ def test_what_does_not_fit_is_refused() -> None:
         (WORDS, SettingError, {"k": 0}, "k=0\n  found: no number of tokens"),
         (WORDS, SettingError, {"layers": [9]}, r"layers=\[9\]"),
         (WORDS, SettingError, {"positions": "lats"}, "did you mean 'last'"),
+        (WORDS, SettingError, {"positions": "promt_last"}, "did you mean 'prompt_last'"),
         (WORDS, UnknownNameError, {"mode": "bth"}, "mode='bth'\n  found: no such choice\n  fix: did you mean 'both'"),
         (WORDS, UnknownNameError, {"target": "sequenc"}, "did you mean 'sequence'"),
     ]
