@@ -24,5 +24,7 @@ KINDS: dict[str, str] = {
     "routes": "mechattr.decomposition.routes:Routes",
     "undertrained": "mechattr.vocabulary.undertrained:UnderTrained",
     "tuned_lens": "mechattr.decomposition.tuned_lens:TunedLens",
+    "steering_evaluation": "mechattr.steering.evaluation:SteeringEvaluation",
+    "steering_sweep": "mechattr.steering.evaluation:SteeringSweep",
     "steering_vector": "mechattr.steering.vector:SteeringVector",
 }

@@ -3,25 +3,36 @@
 from __future__ import annotations
 
 from mechattr.steering.builders import mass_mean, mean_difference, pca
+from mechattr.steering.controls import random_like, shuffled
+from mechattr.steering.evaluate import evaluate
+from mechattr.steering.evaluation import SteeringEvaluation, SteeringSweep
 from mechattr.steering.files import from_gguf, from_json, to_gguf, to_json
+from mechattr.steering.frontier import Frontier
 from mechattr.steering.given import act_add, from_direction
 from mechattr.steering.grains import grains
+from mechattr.steering.intervals import Estimate
 from mechattr.steering.operators import OPERATORS
 from mechattr.steering.preference import TokenScores, token_scores
 from mechattr.steering.probes import iti, probe
 from mechattr.steering.propensity import propensity
 from mechattr.steering.refusal import refusal
 from mechattr.steering.side_effects import cross_entropy, kl_of_logits, kl_to_base, perplexity
+from mechattr.steering.sweep import sweep
 from mechattr.steering.text_measures import distinct_n, repetition
 from mechattr.steering.vector import SteeringVector
 
 __all__ = [
     "OPERATORS",
+    "Estimate",
+    "Frontier",
+    "SteeringEvaluation",
+    "SteeringSweep",
     "SteeringVector",
     "TokenScores",
     "act_add",
     "cross_entropy",
     "distinct_n",
+    "evaluate",
     "from_direction",
     "from_gguf",
     "from_json",
@@ -35,8 +46,11 @@ __all__ = [
     "perplexity",
     "probe",
     "propensity",
+    "random_like",
     "refusal",
     "repetition",
+    "shuffled",
+    "sweep",
     "to_gguf",
     "to_json",
     "token_scores",

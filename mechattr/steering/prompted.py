@@ -1,0 +1,78 @@
+"""Where steering acts in texts that are scored: positions count from the prompt, although the answer is there, too."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from mechattr.errors import SettingError, UnknownNameError, nearest
+from mechattr.models.base import Batch
+from mechattr.steering.operators import OPERATORS, Operation
+from mechattr.steering.placing import WORDS
+from mechattr.steering.vector import SteeringVector
+
+Where = str | Sequence[int]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class _Masked:
+    """An operation at some columns of each row."""
+
+    operation: Operation
+    mask: Bool[Tensor, "row column 1"]
+
+    def __call__(self, x: Tensor, v: Tensor, factors: Tensor) -> Tensor:
+        return torch.where(self.mask.to(x.device), self.operation(x, v, factors), x)
+
+
+def placed_operator(
+    operator: str | Operation, positions: Where, batch: Batch, starts: Int[Tensor, " row"], vector: SteeringVector
+) -> str | Operation:
+    """The operator of `apply` that acts at `positions` as a generation does, in which only the prompt is given: an
+    answer counts as generated, and `"last"` and negative positions count from the end of the prompt.
+
+    Raises:
+        SettingError: a position before the first of a prompt, or positions for a vector that has its own.
+    """
+    if isinstance(positions, str) and positions == "all":
+        return operator
+    own = next((name for name, table in vector.tensors.items() if table.axes[0] == "pos"), None)
+    if own is not None:
+        raise SettingError(f"positions={positions!r}", f"a vector that has its own, at {own}", "leave positions out")
+    at, begins = batch.positions, starts[:, None]
+    if isinstance(positions, str):
+        words = {"prompt": at < begins, "generated": at >= begins, "last": at == begins - 1}
+        mask = words[positions]
+    else:
+        if min(positions, default=0) < -int(starts.min()):
+            found = f"a prompt of {int(starts.min())} tokens"
+            raise SettingError(f"positions={list(positions)}", found, "name positions that every prompt has")
+        mask = torch.zeros_like(batch.mask)
+        for position in positions:
+            mask |= at == (position if position >= 0 else begins + position)
+    operation = OPERATORS[operator] if isinstance(operator, str) else operator
+    return _Masked(operation, (mask & batch.mask)[..., None])
+
+
+def check_where(positions: Any, operator: Any) -> None:
+    """Whether positions and operator can be used.
+
+    Raises:
+        SettingError: no such positions, or a mask, which would be of one batch.
+        UnknownNameError: no such operator.
+    """
+    if isinstance(positions, str) and positions not in WORDS:
+        raise SettingError(f"positions={positions!r}", "no such place", nearest(positions, WORDS))
+    whole = isinstance(positions, Sequence) and not any(
+        isinstance(p, bool) or not isinstance(p, int) for p in positions
+    )
+    if not isinstance(positions, str) and not whole:
+        fix = f"give one of {', '.join(map(repr, WORDS))}, or position numbers"
+        raise SettingError(f"positions={positions!r:.80}", f"a {type(positions).__name__}", fix)
+    if not callable(operator) and operator not in OPERATORS:
+        raise UnknownNameError(f"operator={operator!r}", "no such operator", nearest(str(operator), OPERATORS))
