@@ -68,9 +68,10 @@ def test_the_token_that_drives_the_preference_and_its_direction_are_found(settin
 def test_before_the_answer_the_direction_is_found_where_the_token_is_not_read_itself() -> None:
     model, direction = driven()
     apart = [triple for triple in TRIPLES if not triple[0].endswith("c")]
-    v, mixed = (grains(model, t, layers=[0], positions="prompt_last").directions[0] for t in (apart, TRIPLES))
+    settings: dict[str, Any] = {"layers": [0], "k": 1, "mode": "pos", "positions": "prompt_last"}
+    v, mixed = (grains(model, triples, **settings).directions[0] for triples in (apart, TRIPLES))
     assert cosine(v, direction) > 0.99
-    assert cosine(mixed, direction) < 0.95  # the control: where c is the last token, its own embedding is taken away
+    assert cosine(mixed, direction) < 0.98  # the control: where c is the last token, its own embedding is taken away
 
 
 def test_dispreferred_answers_count_against() -> None:
