@@ -19,6 +19,7 @@ from rich.markup import escape
 import mechattr as ma
 from mechattr.commands.prompts import decompose, lens
 from mechattr.commands.show import echo_json, table
+from mechattr.commands.steer import steer
 from mechattr.commands.words import erase, vocabulary
 from mechattr.errors import MechattrError
 
@@ -42,6 +43,7 @@ app.command()(decompose)
 app.command()(lens)
 app.command()(erase)
 app.command()(vocabulary)
+app.add_typer(steer, name="steer")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

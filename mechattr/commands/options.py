@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+import json
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,6 +14,9 @@ Model = Annotated[str, typer.Option(help='"tiny" (bundled), a folder, or a name 
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps, ...")]
 Dtype = Annotated[str | None, typer.Option(help="float32, float64, bfloat16, ...")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a result made with other settings.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", help="A setting of the method, NAME=VALUE; may be repeated.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
 
 
@@ -21,3 +25,33 @@ def load(model: str, device: str | None, dtype: str | None) -> HookedModel:
     from mechattr.models.load import load as hooked
 
     return hooked(model, device=device, dtype=dtype)
+
+
+def settings(given: list[str]) -> dict[str, Any]:
+    """NAME=VALUE pairs; a value that is JSON is read as such, else as text."""
+    found = {}
+    for pair in given:
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise typer.BadParameter(f"--set {pair}: give NAME=VALUE")
+        try:
+            found[name] = json.loads(value)
+        except json.JSONDecodeError:
+            found[name] = value
+    return found
+
+
+def whole_numbers(option: str, given: str) -> list[int]:
+    """Whole numbers, separated by commas."""
+    try:
+        return [int(part) for part in given.split(",")]
+    except ValueError as error:
+        raise typer.BadParameter(f"{option} {given}: give whole numbers, separated by commas") from error
+
+
+def numbers(option: str, given: str) -> list[float]:
+    """Numbers, separated by commas."""
+    try:
+        return [float(part) for part in given.split(",")]
+    except ValueError as error:
+        raise typer.BadParameter(f"{option} {given}: give numbers, separated by commas") from error

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import inspect
-import json
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
-from mechattr.commands.options import AsJson, Device, Dtype, Model, Overwrite, load
-from mechattr.commands.show import echo_json, records, table
+from mechattr.commands.options import AsJson, Device, Dtype, Model, Overwrite, Settings, load, settings
+from mechattr.commands.show import echo_json, records, show, table
 from mechattr.draw.tokens import spell
 from mechattr.errors import OutputExistsError, SettingError, UnknownNameError, nearest
 from mechattr.methods import METHODS
@@ -48,9 +46,7 @@ def decompose(
     method: Annotated[
         str, typer.Option(help="A method that takes prompts, such as dla, alti_logit, lrp or routes.")
     ] = "dla",
-    setting: Annotated[
-        list[str] | None, typer.Option("--set", help="A setting of the method, NAME=VALUE; may be repeated.")
-    ] = None,
+    setting: Settings = None,
     out: Out = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -60,7 +56,7 @@ def decompose(
     """Take a prediction apart: what tokens, heads, layers and components add to a logit."""
     name = _method(method)
     given = {"target": target, "foil": foil, "position": position}
-    chosen = {key: value for key, value in given.items() if value is not None} | _settings(setting or [])
+    chosen = {key: value for key, value in given.items() if value is not None} | settings(setting or [])
     result: Decomposition = _function(name, chosen)(load(model, device, dtype), prompt, **chosen)
     frame = result.to_pandas()
     files = [] if out is None else _written(result, name, out, overwrite)
@@ -114,7 +110,7 @@ def lens(
         shown = " ".join(f"{spell(word)}({p:.2f})" for word, p in zip(words["top_token"], words["value"], strict=True))
         rows.append({"site": site, "likeliest": shown, **{name: values[row] for name, values in scores.items()}})
     title = f"Predictions at position {place}, after {result.strings[0][place]!r}"
-    _print(table(escape(title), rows), files)
+    show([table(escape(title), rows)], [f"Written: {file}" for file in files])
 
 
 def _method(asked: str) -> str:
@@ -125,20 +121,6 @@ def _method(asked: str) -> str:
         fix = nearest(asked, [*known, *SHORT])
         raise UnknownNameError(f"method {asked!r}", f"decompose has {', '.join(known)}", fix)
     return name
-
-
-def _settings(given: list[str]) -> dict[str, Any]:
-    """NAME=VALUE pairs; a value that is JSON is read as such, else as text."""
-    found = {}
-    for pair in given:
-        name, equals, value = pair.partition("=")
-        if not equals or not name:
-            raise typer.BadParameter(f"--set {pair}: give NAME=VALUE")
-        try:
-            found[name] = json.loads(value)
-        except json.JSONDecodeError:
-            found[name] = value
-    return found
 
 
 def _function(name: str, chosen: dict[str, Any]) -> Any:
@@ -206,11 +188,4 @@ def _show(result: Decomposition, frame: pd.DataFrame, name: str, files: list[str
     target, foil, logit = (cast(Any, result.settings.get(key)) for key in ("target", "foil", "logit"))
     if target and logit:
         lines.append(f"logit of {target[0]!r}" + (f" minus {foil[0]!r}" if foil else "") + f": {logit[0]:.4f}")
-    _print(table(title, records(frame)), files, lines)
-
-
-def _print(shown: Any, files: list[str], lines: list[str] | None = None) -> None:
-    console = Console(soft_wrap=True)
-    console.print(shown)
-    for line in [*(lines or []), *(f"Written: {file}" for file in files)]:
-        console.print(escape(line), highlight=False)
+    show([table(title, records(frame))], [*lines, *(f"Written: {file}" for file in files)])

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import typer
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -28,6 +29,15 @@ def table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     for cells in zip(*columns, strict=True):
         shown.add_row(*cells)
     return shown
+
+
+def show(tables: Sequence[Table], lines: Sequence[str]) -> None:
+    """Tables on the terminal, and lines of plain text below them."""
+    console = Console(soft_wrap=True)
+    for shown in tables:
+        console.print(shown)
+    for line in lines:
+        console.print(escape(line), highlight=False)
 
 
 def records(frame: pd.DataFrame) -> list[dict[str, Any]]:

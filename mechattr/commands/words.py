@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
-from mechattr.commands.options import AsJson, Device, Dtype, Model, Overwrite, load
-from mechattr.commands.show import echo_json, records, table
+from mechattr.commands.options import AsJson, Device, Dtype, Model, Overwrite, load, whole_numbers
+from mechattr.commands.show import echo_json, records, show, table
 
 if TYPE_CHECKING:
     from mechattr.erasure.recipes import Recipe
@@ -58,7 +56,7 @@ def erase(
 
     if probes is not None and (layers is not None or epochs is not None or recipe != "descent"):
         raise typer.BadParameter("--layers, --recipe and --epochs are of probes that are fitted, not of --probes")
-    chosen = None if layers is None else _numbers("--layers", layers)
+    chosen = None if layers is None else whole_numbers("--layers", layers)
     settings = _recipe(recipe, epochs)
     texts = drawn(text, characters=3 * window, most=documents, seed=seed)
     result = report.erase(
@@ -85,7 +83,7 @@ def erase(
         document = {"summary": result.summary, "report": str(result.report_path)}
         echo_json(document | {"items": records(items.head(SHOWN)), "agreement": records(agreement)})
         return
-    _print(
+    show(
         [table("Read out more than once, by mean psi" if len(often) else "Read out, by psi", records(shown))],
         [result.summary, f"Report: {result.report_path}"],
     )
@@ -135,7 +133,7 @@ def vocabulary(
     counts = [{"category": name, "ids": n, "meaning": CATEGORIES[name]} for name, n in result.found.counts.items()]
     title = f"Lowest {result.found.settings['indicator']} of the reachable tokens"
     lines = [result.summary] if result.report_path is None else [result.summary, f"Report: {result.report_path}"]
-    _print(
+    show(
         [table("Can a text produce it?", counts), table(title, records(frame.assign(text=frame["text"].map(repr))))],
         lines,
     )
@@ -154,14 +152,6 @@ def _recipe(name: str, epochs: int | None) -> Recipe:
     return found if epochs is None else replace(found, epochs=epochs)
 
 
-def _numbers(option: str, given: str) -> list[int]:
-    """Whole numbers, separated by commas."""
-    try:
-        return [int(part) for part in given.split(",")]
-    except ValueError as error:
-        raise typer.BadParameter(f"{option} {given}: give whole numbers, separated by commas") from error
-
-
 def _ids(given: str) -> list[int]:
     """Ids and ranges of ids, separated by commas."""
     found: list[int] = []
@@ -171,11 +161,3 @@ def _ids(given: str) -> list[int]:
             raise typer.BadParameter(f"--unused {given}: give ids and ranges such as 177-187, separated by commas")
         found += range(int(match[1]), int(match[2] or match[1]) + 1)
     return found
-
-
-def _print(tables: list[object], lines: list[str]) -> None:
-    console = Console(soft_wrap=True)
-    for shown in tables:
-        console.print(shown)
-    for line in lines:
-        console.print(escape(line), highlight=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mechattr.steering.builders import mass_mean, mean_difference, pca
+from mechattr.steering.contrasts import BEHAVIOURS, Contrasts, behaviour, read_pairs, read_triples
 from mechattr.steering.controls import random_like, shuffled
 from mechattr.steering.evaluate import evaluate
 from mechattr.steering.evaluation import SteeringEvaluation, SteeringSweep
@@ -22,7 +23,9 @@ from mechattr.steering.text_measures import distinct_n, repetition
 from mechattr.steering.vector import SteeringVector
 
 __all__ = [
+    "BEHAVIOURS",
     "OPERATORS",
+    "Contrasts",
     "Estimate",
     "Frontier",
     "SteeringEvaluation",
@@ -30,6 +33,7 @@ __all__ = [
     "SteeringVector",
     "TokenScores",
     "act_add",
+    "behaviour",
     "cross_entropy",
     "distinct_n",
     "evaluate",
@@ -47,6 +51,8 @@ __all__ = [
     "probe",
     "propensity",
     "random_like",
+    "read_pairs",
+    "read_triples",
     "refusal",
     "repetition",
     "shuffled",

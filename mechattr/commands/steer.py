@@ -1,0 +1,210 @@
+"""The commands of steering: `steer fit` and `steer apply`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from mechattr.commands.options import (
+    AsJson,
+    Device,
+    Dtype,
+    Model,
+    Settings,
+    load,
+    numbers,
+    settings,
+    whole_numbers,
+)
+from mechattr.commands.show import echo_json, records, show, table
+from mechattr.commands.vectors import (
+    Acts,
+    AnyModel,
+    Number,
+    Operator,
+    Split,
+    Task,
+    Triples,
+    Vector,
+    contrasts,
+    vector_for,
+    where,
+)
+from mechattr.errors import OutputExistsError, SettingError, UnknownNameError, nearest
+
+if TYPE_CHECKING:
+    from mechattr.sites import Node
+    from mechattr.steering import SteeringVector
+
+# what each builder is made from
+BUILDERS = {
+    "mean_difference": "pairs",
+    "mass_mean": "pairs",
+    "pca": "pairs",
+    "probe": "pairs",
+    "iti": "pairs",
+    "act_add": "pairs",
+    "refusal": "pairs",
+    "grains": "triples",
+}
+
+steer = typer.Typer(help="Make steering vectors and generate with them.", no_args_is_help=True, rich_markup_mode=None)
+
+
+@steer.command()
+def fit(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="The file of the vector, such as vector.safetensors.")],
+    pairs: Annotated[
+        Path | None, typer.Option(help="JSONL with positive, negative: a text with the behaviour, and one without.")
+    ] = None,
+    triples: Triples = None,
+    task: Task = None,
+    n: Number = 32,
+    split: Split = "train",
+    builder: Annotated[str, typer.Option(help=f"{', '.join(BUILDERS)}.")] = "mean_difference",
+    layers: Annotated[str | None, typer.Option(help="Blocks whose output is steered, such as 1,2.")] = None,
+    sites: Annotated[
+        str | None, typer.Option(help="In place of layers: sites such as z, by short or full name.")
+    ] = None,
+    nodes: Annotated[
+        Path | None, typer.Option(help="In place of layers: an attribution of localise, whose --top nodes are steered.")
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="How many of --nodes.")] = 10,
+    positions: Annotated[
+        str | None, typer.Option(help="Where texts are read: last, mean, or a position [default: last]")
+    ] = None,
+    setting: Settings = None,
+    gguf: Annotated[Path | None, typer.Option(help="Also write a control vector of repeng and llama.cpp.")] = None,
+    seed: Annotated[int, typer.Option(help="Of --task, and of what a builder draws.")] = 0,
+    device: Device = None,
+    dtype: Dtype = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make a steering vector from texts with and without a behaviour."""
+    from mechattr import steering
+
+    if sum(x is not None for x in (pairs, triples, task)) != 1:
+        raise typer.BadParameter("give exactly one of --pairs, --triples and --task")
+    if sum(x is not None for x in (layers, sites, nodes)) > 1:
+        raise typer.BadParameter("give one of --layers, --sites and --nodes")
+    chosen = settings(setting or []) | {
+        "layers": None if layers is None else whole_numbers("--layers", layers),
+        "sites": _nodes(nodes, top)
+        if nodes
+        else None
+        if sites is None
+        else [site.strip() for site in sites.split(",")],
+        "positions": None if positions is None else _position(positions),
+    }
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    function = _builder(builder, chosen)
+    files = [file for file in (out, gguf) if file is not None]
+    for file in files:
+        _writable(file, overwrite)
+    loaded = load(model, device, dtype)
+    found = contrasts(loaded, pairs, triples, task, n=n, seed=seed, split=split)
+    data: Sequence[Any] = getattr(found, BUILDERS[builder])
+    if not data:
+        raise SettingError(f"{builder} from --pairs", "it needs prompts with two answers", "give --triples or --task")
+    vector: SteeringVector = function(loaded, data, seed=seed, **chosen)
+    if gguf is not None:
+        steering.to_gguf(vector, gguf, model_hint=loaded.info.family)
+    vector.save(out)
+    frame = vector.to_pandas()
+    if as_json:
+        document = {"builder": builder, "settings": dict(vector.settings), "table": records(frame)}
+        echo_json(document | {"files": [str(file) for file in files]})
+        return
+    about = f"From {len(data)} {BUILDERS[builder]}. Share: norm over the mean length of the activations."
+    show([table(f"{builder}: its directions", records(frame))], [about, *(f"Written: {file}" for file in files)])
+
+
+@steer.command()
+def apply(
+    model: Model,
+    vector: Vector,
+    prompt: Annotated[list[str], typer.Option(help="The text that is continued; may be repeated.")],
+    multiplier: Annotated[str, typer.Option(help="Numbers, separated by commas, such as -2,0,2.")] = "1",
+    positions: Acts = "all",
+    operator: Operator = "add",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a continuation.")] = 20,
+    chat: Annotated[bool, typer.Option("--chat", help="Prompts are messages to a chat model.")] = False,
+    any_model: AnyModel = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: AsJson = False,
+) -> None:
+    """Continue prompts greedily, as the model is and as it is when steered."""
+    factors = numbers("--multiplier", multiplier)
+    loaded = load(model, device, dtype)
+    given = vector_for(loaded, vector, any_model=any_model)
+    common: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False}
+
+    def continued(texts: Sequence[str]) -> tuple[str, ...]:
+        batch = loaded.tokenize(texts, chat=chat, padding_side="left")
+        return loaded.generate(batch, **common).texts
+
+    base = continued(prompt)
+    with given.apply(loaded, factors * len(prompt), positions=where(positions), operator=operator):
+        steered = continued([text for text in prompt for _ in factors])
+    rows = [
+        [{"multiplier": x, "text": steered[i * len(factors) + j]} for j, x in enumerate(factors)]
+        for i in range(len(prompt))
+    ]
+    if as_json:
+        found = [{"prompt": p, "base": b, "steered": r} for p, b, r in zip(prompt, base, rows, strict=True)]
+        echo_json({"vector": str(vector), "operator": operator, "positions": positions, "continuations": found})
+        return
+    tables = []
+    for text, plain, moved in zip(prompt, base, rows, strict=True):
+        shown = [("base", plain), *((f"{x['multiplier']:g}", x["text"]) for x in moved)]
+        tables.append(table(escape(text), [{"multiplier": x, "continuation": repr(y)} for x, y in shown]))
+    show(tables, [f"{operator} at {', '.join(given.sites)}, positions {positions}"])
+
+
+def _builder(name: str, chosen: dict[str, Any]) -> Any:
+    """The function of a builder, which must know all settings and be given those that it needs."""
+    from mechattr import steering
+
+    if name not in BUILDERS:
+        raise UnknownNameError(f"builder {name!r}", "no such builder", nearest(name, BUILDERS))
+    function = getattr(steering, name)
+    taken = {key: p for key, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    for key in chosen:
+        if key not in taken:
+            raise SettingError(f"{key} for {name}", f"it takes {', '.join(taken)}", "leave it out")
+    lacking = [key for key, p in taken.items() if p.default is p.empty and key not in chosen]
+    if lacking:
+        raise SettingError(name, f"no {lacking[0]}", f"give --set {lacking[0]}=...")
+    return function
+
+
+def _nodes(path: Path, top: int) -> list[Node]:
+    from mechattr.artifact import Attribution
+
+    return Attribution.load(path).top(top)
+
+
+def _position(given: str) -> str | int:
+    """A number where it is one, else the word."""
+    try:
+        return int(given)
+    except ValueError:
+        return given
+
+
+def _writable(file: Path, overwrite: bool) -> None:
+    """Asked before anything is computed."""
+    if file.is_dir() or not file.parent.is_dir():
+        raise SettingError(
+            f"to write {file}", "a folder" if file.is_dir() else "no such folder", "name a file in a folder that exists"
+        )
+    if file.exists() and not overwrite:
+        raise OutputExistsError(f"to write {file}", "a file of this name", "name another file, or --overwrite")
