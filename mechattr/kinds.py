@@ -20,6 +20,7 @@ KINDS: dict[str, str] = {
     "lens": "mechattr.decomposition.lens_result:Lens",
     "implicit_vocabulary": "mechattr.erasure.vocabulary:ImplicitVocabulary",
     "minimality": "mechattr.evaluation.minimality:Minimality",
+    "multiple_choice": "mechattr.steering.choice_scores:MultipleChoice",
     "segmentation": "mechattr.erasure.segment:Segmentation",
     "routes": "mechattr.decomposition.routes:Routes",
     "undertrained": "mechattr.vocabulary.undertrained:UnderTrained",

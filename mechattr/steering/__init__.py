@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from mechattr.steering.builders import mass_mean, mean_difference, pca
+from mechattr.steering.choice_scores import MultipleChoice
+from mechattr.steering.choices import Question, multiple_choice
 from mechattr.steering.contrasts import BEHAVIOURS, Contrasts, behaviour, read_pairs, read_triples
 from mechattr.steering.controls import random_like, shuffled
 from mechattr.steering.evaluate import evaluate
@@ -20,6 +22,7 @@ from mechattr.steering.refusal import refusal
 from mechattr.steering.side_effects import cross_entropy, kl_of_logits, kl_to_base, perplexity
 from mechattr.steering.sweep import sweep
 from mechattr.steering.text_measures import distinct_n, repetition
+from mechattr.steering.truthful import truthfulqa
 from mechattr.steering.vector import SteeringVector
 
 __all__ = [
@@ -28,6 +31,8 @@ __all__ = [
     "Contrasts",
     "Estimate",
     "Frontier",
+    "MultipleChoice",
+    "Question",
     "SteeringEvaluation",
     "SteeringSweep",
     "SteeringVector",
@@ -46,6 +51,7 @@ __all__ = [
     "kl_to_base",
     "mass_mean",
     "mean_difference",
+    "multiple_choice",
     "pca",
     "perplexity",
     "probe",
@@ -60,4 +66,5 @@ __all__ = [
     "to_gguf",
     "to_json",
     "token_scores",
+    "truthfulqa",
 ]
