@@ -10,15 +10,15 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mechattr.engines.baselines import baseline_vector, in_place
 from mechattr.engines.quadrature import nodes
-from mechattr.errors import SettingError, UnknownNameError, nearest
+from mechattr.errors import SettingError
 from mechattr.models.base import Batch, HookedModel, Metric
 from mechattr.models.edits import Edit
 from mechattr.models.halving import Halving
 from mechattr.models.operators import Set
 from mechattr.sites import expand
 
-BASELINES = ("mean", "zero")
 LIMIT = 0.05  # a larger gap, as a share of the change, is worth a warning
 
 
@@ -66,7 +66,8 @@ def path_gradients(
         metric: F, one number a row; `batch.example` says which row it is.
         site: one site of the model, by full name or by the name of a site that exists once.
         baseline: b: the `"mean"` of all embeddings, `"zero"`, a token's embedding by its id, or a tensor that fits the
-            activation. At other sites than `embed`: `"zero"` or a tensor.
+            activation. At other sites than `embed`: `"zero"` or a tensor. At image tokens the mean and an id both are
+            the mean of the image's own embeddings.
         fixed: true where activations stay as they are, such as at a first token that all texts share.
         steps: gradients a row.
         rule: a rule of `mechattr.engines.quadrature.nodes`.
@@ -169,13 +170,14 @@ class _Path:
         return Edit(self.site, Set(self.begin[rows] + shares * self.step[rows]))
 
     def _baseline(self, given: str | int | Tensor) -> Tensor:
-        value = given if isinstance(given, Tensor) else baseline_vector(self.model, given, self.site)
+        if not isinstance(given, Tensor):
+            return in_place(baseline_vector(self.model, given, self.site), self.x, self.batch)
         try:
-            return value.to(self.x).expand(self.x.shape)
+            return given.to(self.x).expand(self.x.shape)
         except RuntimeError as error:
             found = f"activations of shape {list(self.x.shape)}"
             fix = "give a tensor that broadcasts to them"
-            raise SettingError(f"a baseline of shape {list(value.shape)}", found, fix) from error
+            raise SettingError(f"a baseline of shape {list(given.shape)}", found, fix) from error
 
     def _fitting(self, fixed: Tensor) -> Tensor:
         if fixed.dtype != torch.bool or fixed.shape != self.batch.mask.shape:
@@ -183,27 +185,6 @@ class _Path:
             fix = "give one bool for each row and column"
             raise SettingError(asked, f"a batch of shape {list(self.batch.mask.shape)}", fix)
         return fixed.to(self.batch.device)
-
-
-def baseline_vector(model: HookedModel, given: str | int, site: str = "hook_embed") -> Float[Tensor, " d_model"]:
-    """A baseline by its name (`"mean"`, `"zero"`) or a token's id.
-
-    Raises:
-        UnknownNameError: no such name.
-        SettingError: no id of the vocabulary, or a name that means nothing at the site.
-    """
-    if isinstance(given, str) and given not in BASELINES:
-        raise UnknownNameError(f"baseline={given!r}", "no such baseline", nearest(given, BASELINES))
-    if given == "zero":
-        return torch.zeros(())
-    if site != "hook_embed":
-        raise SettingError(f"baseline={given!r} at {site}", "no embeddings are there", "give 'zero' or a tensor")
-    table = model.weight("embed.W_E").double()
-    if given == "mean":
-        return table.mean(0)
-    if isinstance(given, bool) or not isinstance(given, int) or not 0 <= given < len(table):
-        raise SettingError(f"baseline={given!r}", f"ids from 0 to {len(table) - 1}", "give a token's id")
-    return table[given]
 
 
 def _check(tolerance: float | None, max_steps: int, batch_size: int) -> None:

@@ -32,7 +32,7 @@ def image_arguments(model: Any, batch: Batch, *, features: bool = True) -> dict[
     Raises:
         SettingError: a row whose image tokens are not as many as the features of its images.
     """
-    if batch.image is None:
+    if batch.image is None or not any(batch.images):
         return {}
     tensors = joined(batch.images).items()
     given: dict[str, Any] = {name: x for name, x in tensors if name != "pixel_values" and _takes(model, name)}
@@ -45,7 +45,7 @@ def image_arguments(model: Any, batch: Batch, *, features: bool = True) -> dict[
 
 def positions_of(model: Any, batch: Batch, first: int) -> Tensor | None:
     """Position ids of a run, from `first` on; `None` where the model makes them of time, height and width of images."""
-    own = batch.image is not None and hasattr(model.base_model, "get_rope_index")
+    own = any(batch.images) and hasattr(model.base_model, "get_rope_index")
     return None if own else batch.positions.clamp(min=0) + first
 
 

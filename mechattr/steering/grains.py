@@ -10,21 +10,20 @@ from jaxtyping import Bool, Float
 from torch import Size, Tensor
 
 from mechattr.engines.moments import Moments
-from mechattr.engines.paths import baseline_vector
 from mechattr.errors import SettingError, UnknownNameError, nearest
-from mechattr.models.base import Batch, HookedModel
-from mechattr.models.edits import Edit
+from mechattr.models.base import HookedModel
 from mechattr.models.halving import Halving
-from mechattr.models.operators import Place
 from mechattr.steering.data import POSITIONS, Sites, check_positions, chosen_sites, picked, shape_at
 from mechattr.steering.made import made
-from mechattr.steering.preference import TokenScores, Triples, token_scores
+from mechattr.steering.preference import TokenScores, Triples, checked, token_scores
+from mechattr.steering.removal import ABLATIONS, Removal
 from mechattr.steering.vector import SteeringVector
 
 CHOICES = {
     "mode": ("both", "pos", "neg"),
     "reduce": ("mean", "pca_uncentered"),
-    "ablate": ("mean_embed", "pad", "attn_mask"),
+    "ablate": ABLATIONS,
+    "modality": ("all", "image", "text"),
 }
 ROWS = 6  # of a triple: two sequences, each as it is, without its positive and without its negative tokens
 
@@ -42,6 +41,7 @@ def grains(
     reduce: str = "mean",
     ablate: str = "mean_embed",
     special: bool = False,
+    modality: str = "all",
     target: str = "sequence",
     baseline: str | int | Tensor = "mean",
     steps: int = 20,
@@ -67,18 +67,20 @@ def grains(
         mode: `"both"`, or one of the two terms: `"pos"` is v(positive tokens), `"neg"` is -v(negative tokens).
         reduce: the `"mean"`, or `"pca_uncentered"`: the first principal component of the differences, which are not
             centred, with the sign of their mean and the length of the mean's projection on it.
-        ablate: how a sequence loses tokens: `"mean_embed"` gives them the mean of all embeddings, `"pad"` the padding
-            token (else the unknown one), and `"attn_mask"` hides them from all other tokens.
-        special: whether special tokens, such as a first one, can be among the k.
+        ablate: how a sequence loses tokens: `"mean_embed"` gives them the mean of all embeddings, and those of an image
+            the mean of its own; `"zero_embed"` gives them zeros, `"pad"` the padding token (else the unknown one), and
+            `"attn_mask"` hides them from all other tokens.
+        special: whether special tokens, such as a first one, can be among the k; tokens of an image always can.
+        modality: which tokens can be: `"all"`, those of an `"image"`, or those of `"text"`.
         target, baseline, steps, rule, tolerance: of `mechattr.steering.token_scores`.
         batch_size: rows of a forward pass; halved when memory runs out.
 
     Raises:
         SettingError: triples, layers, positions or k that do not fit; one triple with `"pca_uncentered"`; no padding
-            token; no token with a score of the sign that the mode needs.
-        UnknownNameError: no such mode, reduction, ablation, target, rule or baseline.
+            token, or one in place of image tokens; no images; no token with a score of the sign that the mode needs.
+        UnknownNameError: no such mode, reduction, ablation, modality, target, rule or baseline.
         UnknownSiteError: a site that the model does not have.
-        UnsupportedFeatureError: a model that does not predict next tokens.
+        UnsupportedFeatureError: a model that does not predict next tokens, or images for one that reads none.
 
     Cost:
         2 `steps` forward and backward passes and 10 forward passes a triple.
@@ -88,23 +90,25 @@ def grains(
     """
     names = chosen_sites(model, layers, sites)
     check_positions(positions, (*POSITIONS, "prompt_last"))
-    _check(k, {"mode": mode, "reduce": reduce, "ablate": ablate})
+    _check(k, {"mode": mode, "reduce": reduce, "ablate": ablate, "modality": modality})
+    given, removal = checked(triples), Removal.of(model, ablate)
+    _check_images(any(images for *_, images in given), ablate, modality)
     scores = token_scores(
-        model, triples, target=target, baseline=baseline, steps=steps, rule=rule, tolerance=tolerance,
+        model, given, target=target, baseline=baseline, steps=steps, rule=rule, tolerance=tolerance,
         batch_size=batch_size,
     )  # fmt: skip
     if reduce != "mean" and len(scores) == 1:
         raise SettingError(f"reduce={reduce!r}", "one triple", "use reduce='mean', or more triples")
-    hits = _hits(model, scores, k, mode, special)
-    moments, lengths = _differences(model, scores, hits, names, positions, ablate, batch_size, reduce != "mean")
+    hits = _hits(model, scores, k, mode, special, modality)
+    moments, lengths = _differences(model, scores, hits, names, positions, removal, batch_size, reduce != "mean")
     directions = {
         name: sum((sign * _reduced(moments[name, sign], reduce) for sign in hits), torch.zeros(()).double())
         for name in names
     }
     return made(
         model, "grains", directions, sites, seed, positions=positions, n_pairs=len(scores), lengths=lengths,
-        k=k, mode=mode, reduce=reduce, ablate=ablate, special=special, target=target, steps=steps, rule=rule,
-        baseline="tensor" if isinstance(baseline, Tensor) else baseline,
+        k=k, mode=mode, reduce=reduce, ablate=ablate, special=special, modality=modality, target=target,
+        steps=steps, rule=rule, baseline="tensor" if isinstance(baseline, Tensor) else baseline,
         n_ablated={"pos" if sign > 0 else "neg": int(found.any(1).sum()) for sign, found in hits.items()},
         largest_gap=float(scores.gap.abs().max()),
         passes={"forward": scores.passes[0] + (2 + 2 * len(hits)) * len(scores), "backward": scores.passes[1]},
@@ -112,13 +116,15 @@ def grains(
 
 
 def _hits(
-    model: HookedModel, scores: TokenScores, k: int, mode: str, special: bool
+    model: HookedModel, scores: TokenScores, k: int, mode: str, special: bool, modality: str
 ) -> dict[int, Bool[Tensor, "row pos"]]:
     """The tokens that are taken away, by sign."""
-    allowed = scores.batch.mask
+    batch = scores.batch
+    image = torch.zeros_like(batch.mask) if batch.image is None else batch.image
+    allowed = {"all": batch.mask, "image": image, "text": batch.mask & ~image}[modality]
     if not special:
-        marked = torch.tensor(list(model.tokenizer.all_special_ids), dtype=torch.long, device=allowed.device)
-        allowed = allowed & ~torch.isin(scores.batch.tokens, marked)
+        marked = torch.tensor(list(model.tokenizer.all_special_ids), dtype=torch.long, device=batch.device)
+        allowed = allowed & (image | ~torch.isin(batch.tokens, marked))
     signs = {"pos": [1], "neg": [-1], "both": [1, -1]}[mode]
     hits = {sign: scores.top(k, sign, allowed) for sign in signs}
     if not any(bool(found.any()) for found in hits.values()):
@@ -133,7 +139,7 @@ def _differences(
     hits: dict[int, Bool[Tensor, "row pos"]],
     names: Sequence[str],
     positions: str | int,
-    ablate: str,
+    removal: Removal,
     batch_size: int,
     scatter: bool,
 ) -> tuple[dict[tuple[str, int], Moments], dict[str, float]]:
@@ -148,7 +154,7 @@ def _differences(
         rows = torch.tensor([row for i in triples for row in (i, n + i)], device=batch.device)
         gone = torch.cat([found[rows] for found in (none, *hits.values())])
         part = batch.rows(rows.repeat(1 + len(hits)))
-        part, edits = _without(model, part, gone, ablate)
+        part, edits = removal(part, gone)
         cache = model.run(part, record=names, edits=edits).activations
         where = scores.starts[part.example] - 1 if positions == "prompt_last" else positions
         found = [picked(cache[name].values, part, where).flatten(1) for name in names]
@@ -168,33 +174,6 @@ def _differences(
     return moments, {name: float(m.mean) for name, m in lengths.items()}
 
 
-def _without(model: HookedModel, batch: Batch, gone: Bool[Tensor, "row pos"], ablate: str) -> tuple[Batch, list[Edit]]:
-    """A batch that has lost some tokens, and the edits that this takes."""
-    if ablate == "pad":
-        tokens = batch.tokens.masked_fill(gone, _padding(model))
-        return Batch(tokens, batch.mask, batch.example), []
-
-    def replaced(x: Float[Tensor, "row pos d_model"], _place: Place) -> Tensor:
-        return torch.where(gone[..., None].to(x.device), mean.to(x), x)
-
-    def hidden(x: Float[Tensor, "row head query key"], _place: Place) -> Tensor:
-        seen = torch.eye(x.shape[-1], dtype=torch.bool, device=x.device)  # a token still sees itself
-        return x.masked_fill(gone[:, None, None].to(x.device) & ~seen, torch.finfo(x.dtype).min)
-
-    if ablate == "attn_mask":
-        return batch, [Edit("attn_scores", hidden)]
-    mean = baseline_vector(model, "mean")
-    return batch, [Edit("embed", replaced)]
-
-
-def _padding(model: HookedModel) -> int:
-    found = [getattr(model.tokenizer, name, None) for name in ("pad_token_id", "unk_token_id")]
-    given: int | None = next((x for x in found if x is not None), None)
-    if given is None:
-        raise SettingError("ablate='pad'", "a tokenizer without a padding token", "use ablate='mean_embed'")
-    return given
-
-
 def _reduced(m: Moments, reduce: str) -> Float[Tensor, " d"]:
     if reduce == "mean" or not m.n:
         return m.mean
@@ -208,3 +187,11 @@ def _check(k: Any, given: dict[str, str]) -> None:
     for name, value in given.items():
         if value not in CHOICES[name]:
             raise UnknownNameError(f"{name}={value!r}", "no such choice", nearest(str(value), CHOICES[name]))
+
+
+def _check_images(given: bool, ablate: str, modality: str) -> None:
+    if modality == "image" and not given:
+        raise SettingError("modality='image'", "triples without images", "give each triple its image, or leave it out")
+    if given and ablate == "pad" and modality != "text":
+        fix = "use ablate='mean_embed', or modality='text'"
+        raise SettingError("ablate='pad'", "image tokens, for which no token of text can stand", fix)

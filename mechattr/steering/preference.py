@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from mechattr.engines.paths import path_gradients
 from mechattr.errors import SettingError, UnknownNameError, UnsupportedFeatureError, nearest
 from mechattr.models.base import Batch, HookedModel
 
-Triples = Sequence[tuple[str, str, str]]
+Triples = Sequence[tuple[Any, ...]]  # (prompt, preferred answer, dispreferred answer), and an image or a list of them
 TARGETS = ("sequence", "last_token", "repo")
 
 
@@ -42,7 +42,7 @@ class TokenScores:
         return len(self.batch) // 2
 
     def of(self, triple: int, side: str = "preferred") -> list[tuple[str, float]]:
-        """Tokens and scores of one sequence.
+        """Tokens and scores of one sequence; image tokens are numbered, from the top left of each image.
 
         Raises:
             UnknownNameError: no such side.
@@ -54,7 +54,10 @@ class TokenScores:
         if triple not in range(len(self)):
             raise SettingError(f"triple {triple}", f"{len(self)} triples", "count from 0")
         row = triple + len(self) * (side == "dispreferred")
-        return list(zip(self.batch.strings[row], self.values[row, self.batch.mask[row]].tolist(), strict=True))
+        names = list(self.batch.strings[row])
+        for n, (first, last) in enumerate(self.batch.image_spans[row]):
+            names[first:last] = [f"image {n}, token {i}" for i in range(last - first)]
+        return list(zip(names, self.values[row, self.batch.mask[row]].tolist(), strict=True))
 
     def top(self, k: int, sign: int, allowed: Bool[Tensor, "row pos"]) -> Bool[Tensor, "row pos"]:
         """The k largest scores of each row that have a sign (fewer, where there are fewer), among allowed tokens."""
@@ -81,7 +84,8 @@ def token_scores(
     Args:
         model: a causal language model.
         triples: (prompt, preferred answer, dispreferred answer); an answer stands right behind its prompt, so that it
-            begins with a space where there is to be one.
+            begins with a space where there is to be one. In a vision-language model a fourth entry can be the prompt's
+            image, or a list of images, for which the text has the processor's image token; see `HookedHF.tokenize`.
         target: `"sequence"`, the log-probability of the whole answer; `"last_token"`, of its last token; or `"repo"`,
             that of the last token behind itself, as published code has it, to be compared with.
         baseline, steps, rule, tolerance, batch_size: of `mechattr.engines.paths.path_gradients`.
@@ -89,7 +93,7 @@ def token_scores(
     Raises:
         SettingError: triples that do not fit, or settings of the path that cannot be used.
         UnknownNameError: no such target, rule or baseline.
-        UnsupportedFeatureError: a model that does not predict next tokens.
+        UnsupportedFeatureError: a model that does not predict next tokens, or images for one that reads none.
 
     Cost:
         2 `steps` forward and backward passes and 4 forward passes a triple.
@@ -112,15 +116,20 @@ def sequences(model: HookedModel, triples: Any) -> tuple[Batch, Int[Tensor, " ro
     that a sequence shares with its prompt.
 
     Raises:
-        SettingError: no triples, something else than three texts, empty or equal answers, or answers without tokens.
-        UnsupportedFeatureError: a model that does not predict next tokens.
+        SettingError: no triples, something else than three texts (and images), empty or equal answers, answers without
+            tokens, or what `HookedHF.tokenize` refuses of images.
+        UnsupportedFeatureError: a model that does not predict next tokens, or images for one that reads none.
     """
     if model.info.encoder or model.info.n_encoder_layers:
         found = f"{model.info.name!r} has an encoder"
         raise UnsupportedFeatureError("log-probabilities of answers", found, "use a causal language model")
-    given = _checked(triples)
-    batch = model.tokenize([prompt + pair[side] for side in range(2) for prompt, *pair in given])
-    prompts = model.tokenize([prompt for prompt, *_ in given])
+    given = checked(triples)
+    images = [shown for *_, shown in given]
+    texts = [*(prompt + liked for prompt, liked, *_ in given), *(prompt + other for prompt, _, other, _ in given)]
+    batch = _tokenized(model, texts, images * 2)
+    if batch.images:  # both sequences of a triple share theirs
+        batch = replace(batch, images=batch.images[: len(given)] * 2)
+    prompts = _tokenized(model, [prompt for prompt, *_ in given], images)
     width = min(batch.tokens.shape[1], prompts.tokens.shape[1])
     both = prompts.mask[:, :width].repeat(2, 1) & batch.mask[:, :width]
     same = (prompts.tokens[:, :width].repeat(2, 1) == batch.tokens[:, :width]) & both
@@ -165,15 +174,39 @@ def answer_log_probabilities(
     return log_p.masked_fill(batch.positions[:, 1:] < starts[:, None], 0).sum(1)
 
 
-def _checked(triples: Any) -> list[tuple[str, str, str]]:
+def checked(triples: Any) -> list[tuple[str, str, str, list[Any]]]:
+    """Triples, each with its images.
+
+    Raises:
+        SettingError: no triples, or something else than three texts that differ, and images.
+    """
     given = list(triples) if not isinstance(triples, str) else []
     if not given:
         raise SettingError("triples", "none", "give (prompt, preferred answer, dispreferred answer) triples")
+    found = []
     for i, triple in enumerate(given):
-        three = isinstance(triple, Sequence) and not isinstance(triple, str) and len(triple) == 3
-        if not three or not all(isinstance(text, str) and text for text in triple):
+        some = isinstance(triple, Sequence) and not isinstance(triple, str) and len(triple) in (3, 4)
+        if not some or not all(isinstance(text, str) and text for text in triple[:3]):
             fix = "give three texts that are not empty: (prompt, preferred answer, dispreferred answer)"
             raise SettingError(f"triple {i}", f"{triple!r:.80}", fix)
         if triple[1] == triple[2]:
             raise SettingError(f"triple {i}", f"two equal answers: {triple[1]!r:.60}", "answers must differ")
-    return [(a, b, c) for a, b, c in given]
+        shown = triple[3] if len(triple) == 4 else None
+        images = [] if shown is None else list(shown) if isinstance(shown, list | tuple) else [shown]
+        if any(isinstance(image, str) for image in images):  # a processor would read it as an address
+            raise SettingError(
+                f"triple {i}", f"a text in place of an image: {images!r:.60}", "give PIL images, or arrays"
+            )
+        found.append((*triple[:3], images))
+    return found
+
+
+def _tokenized(model: HookedModel, texts: Sequence[str], images: Sequence[list[Any]]) -> Batch:
+    if not any(images):
+        return model.tokenize(texts)
+    if model.info.image_token is None:
+        fix = "load a vision-language model, or leave the images out"
+        raise UnsupportedFeatureError("triples with images", f"{model.info.name!r} reads no images", fix)
+    tokenize: Any = model.tokenize  # with `images`, where the model has an image token
+    batch: Batch = tokenize(texts, images=images)
+    return batch

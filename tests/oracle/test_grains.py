@@ -10,7 +10,7 @@ import pytest
 import torch
 from letters_model import BOS, Letters
 
-from mechattr.errors import SettingError, UnknownNameError, UnsupportedFeatureError
+from mechattr.errors import NonFiniteError, SettingError, UnknownNameError, UnsupportedFeatureError
 from mechattr.models import Batch
 from mechattr.models.edits import Edit
 from mechattr.models.hf import HookedHF
@@ -268,6 +268,9 @@ def test_what_does_not_fit_is_refused() -> None:
     for triples, kind, settings, text in cases:
         with pytest.raises(kind, match=text):
             grains(model, triples, **{"layers": [0], **settings})
+    broken = {name: x * torch.nan if name == "blocks.0.attn.W_O" else x for name, x in model._weights.items()}
+    with pytest.raises(NonFiniteError, match=r"NaN or infinity, first at blocks\.0\.attn"):
+        grains(type(model)(model.config, broken, tokenizer=Letters()), WORDS, layers=[0])
     with pytest.raises(UnknownNameError, match="side='left'"):
         token_scores(model, WORDS).of(0, "left")
     with pytest.raises(UnsupportedFeatureError, match="has an encoder"):

@@ -41,6 +41,20 @@ def test_logits_are_those_of_the_model_bit_for_bit_with_and_without_taps(family,
         assert torch.equal(model.run(batch, record=sites).logits, own)
 
 
+@with_others
+def test_rows_without_a_picture_run_alone_as_the_text_that_they_are(family):
+    model, batch = families.hooked(family, torch.float64), cases.shown(family, dtype=torch.float64)
+    some = batch.rows([2, 2])
+    text = Batch.of(some.tokens, some.mask)
+    assert torch.equal(model.run(some).logits, model.run(text).logits)
+    settings = {"max_new_tokens": 2, "do_sample": False}
+    left = cases.shown(family, "left", dtype=torch.float64).rows([2])
+    tokens = model.generate(left, **settings).tokens
+    assert torch.equal(tokens, model.generate(Batch.of(left.tokens, left.mask), **settings).tokens)
+    with_picture = model.run(batch).logits  # the control: rows are not swallowed where others have a picture
+    assert not torch.equal(with_picture[1, : some.tokens.shape[1]], model.run(some).logits[0])
+
+
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
 def test_control_positions_of_text_are_wrong_for_tokens_of_an_image(family, monkeypatch):
     model, batch = families.hooked(family), cases.shown(family)
