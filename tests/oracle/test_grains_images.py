@@ -239,7 +239,7 @@ def places(scores: Any) -> list[int]:
 
 @pytest.mark.parametrize("settings", [
     {}, {"mode": "pos", "k": 1}, {"modality": "image"}, {"ablate": "attn_mask", "mode": "pos"},
-    {"reduce": "pca_uncentered"}, {"ablate": "zero_embed"},
+    {"reduce": "pca_uncentered"}, {"ablate": "zero_embed"}, {"positions": "prompt_last", "mode": "pos", "k": 1},
 ], ids=str)  # fmt: skip
 def test_the_patch_that_drives_the_preference_and_its_direction_are_found(settings: dict[str, Any]) -> None:
     model, direction = driven()
