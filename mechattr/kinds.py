@@ -27,5 +27,6 @@ KINDS: dict[str, str] = {
     "tuned_lens": "mechattr.decomposition.tuned_lens:TunedLens",
     "steering_evaluation": "mechattr.steering.evaluation:SteeringEvaluation",
     "steering_sweep": "mechattr.steering.evaluation:SteeringSweep",
+    "steering_condition": "mechattr.steering.conditions:Condition",
     "steering_vector": "mechattr.steering.vector:SteeringVector",
 }

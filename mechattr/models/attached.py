@@ -77,16 +77,19 @@ class _Calls:
         self.model, self.added, self.taps = model, added, taps
         self.prompt: Batch | None = None
         self.inside = False
+        self.rows = 0  # of what `generate` was given, if that is known: beams repeat them
 
     def generating(self, generate: Callable[..., Any]) -> Callable[..., Any]:
         """`generate`, of which the first call has the prompt."""
 
         def within(*args: Any, **kwargs: Any) -> Any:
-            self.inside, self.prompt = True, None
+            named = (kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))
+            given = next((x for x in (*args[:1], *named) if x is not None), ())
+            self.inside, self.prompt, self.rows = True, None, len(given)
             try:
                 return generate(*args, **kwargs)
             finally:
-                self.inside, self.prompt = False, None
+                self.inside, self.prompt, self.rows = False, None, 0
 
         return within
 
@@ -118,4 +121,5 @@ class _Calls:
             tokens[:, seen:] = ids
         flat = isinstance(mask, Tensor) and mask.ndim == 2
         real = mask[:, :width].bool().to(device) if flat else torch.ones_like(tokens, dtype=torch.bool)
-        return Batch.of(tokens, real)
+        copies = max(1, rows // (self.rows or rows))
+        return Batch.of(tokens[::copies], real[::copies])

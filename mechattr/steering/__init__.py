@@ -5,6 +5,8 @@ from __future__ import annotations
 from mechattr.steering.builders import mass_mean, mean_difference, pca
 from mechattr.steering.choice_scores import MultipleChoice
 from mechattr.steering.choices import Question, multiple_choice
+from mechattr.steering.condition import condition
+from mechattr.steering.conditions import Condition
 from mechattr.steering.contrasts import BEHAVIOURS, Contrasts, behaviour, read_pairs, read_triples
 from mechattr.steering.controls import random_like, shuffled
 from mechattr.steering.evaluate import evaluate
@@ -28,6 +30,7 @@ from mechattr.steering.vector import SteeringVector
 __all__ = [
     "BEHAVIOURS",
     "OPERATORS",
+    "Condition",
     "Contrasts",
     "Estimate",
     "Frontier",
@@ -39,6 +42,7 @@ __all__ = [
     "TokenScores",
     "act_add",
     "behaviour",
+    "condition",
     "cross_entropy",
     "distinct_n",
     "evaluate",

@@ -13,6 +13,7 @@ from mechattr import storage
 from mechattr.errors import MismatchError, SettingError, nearest
 from mechattr.models.base import HookedModel
 from mechattr.sites import parse
+from mechattr.steering.gates import Given
 from mechattr.steering.operators import OPERATORS, Operation
 from mechattr.steering.placing import Move, Multiplier, Positions, hooked_model, placed
 from mechattr.steering.vector import SteeringVector
@@ -25,7 +26,7 @@ def apply(
     multiplier: Multiplier = 1.0,
     positions: Positions = "all",
     operator: str | Operation = "add",
-    gate: Any = None,
+    gate: Given | None = None,
 ) -> Iterator[Any]:
     """Steers a model inside a `with` block; blocks nest, and nothing stays behind, whatever is raised inside.
 
@@ -39,11 +40,17 @@ def apply(
             those that a prompt has.
         operator: `"add"`, `"norm_preserving"`, `"ablate"`, `"ablate_then_add"`, `"clamp"`, `"angular"`, `"scale"`, or a
             function `(x, v, multiplier) -> x`.
-        gate: not there yet.
+        gate: which rows are steered: one bool for each prompt, a `mechattr.steering.Condition`, a rule of conditions
+            (`c1 & c2`, `c1 | c2`, `~c1`), or a function of the batch that gives one bool a row. Conditions decide for
+            each row alone, in the first forward pass, from its prompt; what is generated does not change that. They
+            see what outer blocks steer. Where the gate is closed a row stays as it is to the last bit.
 
     Raises:
         MismatchError: a vector of another width, or of sites that the model does not have.
-        SettingError: no such operator or positions, a multiplier that is not finite, or one for another number of rows.
+        SettingError: no such operator or positions, a multiplier that is not finite, a multiplier or gate for another
+            number of rows, or a condition at a site behind one that is steered.
+        UnsupportedFeatureError: a condition on a model on a server; inside the block, a condition whose site is not
+            computed with the whole prompt: a run that starts above it, or a prompt handed over in parts.
         NonFiniteError: inside the block, where steering itself makes NaN or infinity, with site and multiplier.
 
     Cost:

@@ -16,6 +16,7 @@ from mechattr.models.base import Batch, HookedModel
 from mechattr.models.edits import Edit
 from mechattr.models.operators import Place
 from mechattr.models.standing import StandingEdits
+from mechattr.steering.gates import Decision, Given, Rows, check_gate, decided, digest_of, sites_read
 
 WORDS = {"all": None, "prompt": "prompt", "generated": "generated", "last": [-1]}
 Positions = str | Sequence[int] | Tensor
@@ -46,7 +47,7 @@ def placed(
     moves: Sequence[Move],
     multiplier: Multiplier,
     positions: Positions,
-    gate: Any,
+    gate: Given | None,
     digest: str,
 ) -> Iterator[Any]:
     """Moves a model's activations inside a `with` block; blocks nest, and nothing stays behind, whatever is raised.
@@ -57,15 +58,15 @@ def placed(
         moves: what is done, and where.
         multiplier: a number, or one for each row of what is run inside.
         positions: as `mechattr.steering.apply` has them, for moves without a position of their own.
-        gate: not there yet.
+        gate: which rows are steered; see `mechattr.steering.apply`.
         digest: what tells these moves from others, in the fingerprint of results that are made inside.
 
     Raises:
-        SettingError: no such positions, a multiplier that is not finite, or one for another number of rows.
+        SettingError: no such positions, a multiplier that is not finite, or one for another number of rows; a gate that
+            reads a site behind one that is steered.
+        MismatchError, UnsupportedFeatureError: a gate that reads what this model does not have or keep.
         NonFiniteError: inside the block, where a move makes NaN or infinity, with site and multiplier.
     """
-    if gate is not None:
-        raise SettingError("gate", "steering has no gates yet", "leave it out, or give a multiplier for each row")
     factors = _multiplier(multiplier)
     _check_positions(positions)
     own = next((move for move in moves if move.position is not None), None)
@@ -73,13 +74,20 @@ def placed(
         found = f"a vector that has its own positions, at {own.site}"
         raise SettingError(f"positions={positions!r}", found, "leave positions out")
 
+    sites = tuple(dict.fromkeys(move.site for move in moves))
+    read: tuple[str, ...] = ()
+    if gate is not None:
+        check_gate(gate, hooked, sites)
+        read = sites_read(gate)
+
     def edits(batch: Batch) -> list[Edit]:
         if factors.ndim and len(factors) != len(batch):
             found = f"a batch of {len(batch)} rows"
             raise SettingError(f"{len(factors)} multipliers", found, "give a number, or one multiplier for each row")
-        acts: list[Edit] = []
+        opened = None if gate is None else decided(gate, batch)
+        acts = opened.edits() if isinstance(opened, Decision) else []
         for move in moves:
-            op = Steer(move.motion, factors)
+            op = Steer(move.motion, factors, opened)
             if move.position is None:
                 acts += _edits(move.site, op, positions, batch)
                 continue
@@ -89,8 +97,8 @@ def placed(
 
     # a tensor's text leaves out the middle of a long one
     where = storage.checksum(positions) if isinstance(positions, Tensor) else str(positions)
-    sites = tuple(dict.fromkeys(move.site for move in moves))
-    added = StandingEdits(edits, sites, " ".join([digest, str(factors.tolist()), where]))
+    text = " ".join([digest, str(factors.tolist()), where, digest_of(gate)])
+    added = StandingEdits(edits, tuple(dict.fromkeys([*read, *sites])), text)
     given: Any = hooked
     if given is model:
         with given.standing(added):
@@ -109,14 +117,21 @@ class Steer:
     Attributes:
         motion: what is done.
         multiplier: a number, or one a row of the batch; beams of a row share it.
+        gate: which rows of the batch are steered, or a decision to come; all without one.
     """
 
     motion: Motion
     multiplier: Tensor
+    gate: Rows | Decision | None = None
 
     def __call__(self, x: Tensor, place: Place) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
-        steered = self.motion(x.to(wide), self._factors(place, len(x)).to(x.device, wide)).to(x.dtype)
+        factors = _of_rows(self.multiplier, place, len(x)) if self.multiplier.ndim else self.multiplier
+        steered = self.motion(x.to(wide), factors.reshape(-1, 1, 1).to(x.device, wide)).to(x.dtype)
+        if self.gate is not None:
+            rows = self.gate if isinstance(self.gate, Tensor) else self.gate()
+            opened = _of_rows(rows, place, len(x)).reshape(-1, *[1] * (x.ndim - 1))
+            steered = torch.where(opened.to(x.device), steered, x)
         if bool((x.isfinite() & ~steered.isfinite()).any()):
             found = f"NaN or infinity in {x.dtype}, with the multiplier {self._shown()}"
             raise NonFiniteError(f"steering at {place.site}", found, "use a smaller multiplier, or a wider dtype")
@@ -125,14 +140,6 @@ class Steer:
     def _shown(self) -> str:
         factors = self.multiplier.tolist()
         return f"{factors:g}" if isinstance(factors, float) else ", ".join(f"{one:g}" for one in factors)
-
-    def _factors(self, place: Place, n: int) -> Tensor:
-        """[rows, 1, 1]."""
-        if not self.multiplier.ndim:
-            return self.multiplier.reshape(1, 1, 1)
-        copies = place.shape[0] // len(self.multiplier)
-        rows = torch.arange(n) if place.whole else place.index[0].flatten().cpu()
-        return self.multiplier[rows // copies].reshape(-1, 1, 1)
 
 
 def hooked_model(model: Any) -> Any:
@@ -164,6 +171,13 @@ def _edits(name: str, op: Steer, positions: Positions, batch: Batch) -> list[Edi
         ]
     where: Any = WORDS[positions] if isinstance(positions, str) else torch.as_tensor(positions).tolist()
     return [Edit(name, op, positions=where)]
+
+
+def _of_rows(values: Tensor, place: Place, n: int) -> Tensor:
+    """What belongs to each of the n selected rows, of values [row of the batch], which beams share."""
+    copies = place.shape[0] // len(values)
+    rows = torch.arange(n) if place.whole else place.index[0].flatten().cpu()
+    return values[rows // copies]
 
 
 def _multiplier(given: Multiplier) -> Tensor:

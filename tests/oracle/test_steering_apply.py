@@ -8,6 +8,7 @@ import families
 import pytest
 import torch
 from patching_cases import plain
+from steering_cases import FAMILIES, PLACES, SITE, by_hand, vector
 
 import mechattr as ma
 from mechattr.errors import MismatchError, NonFiniteError, SettingError
@@ -17,40 +18,6 @@ from mechattr.models.operators import Add
 from mechattr.sites import full_name
 from mechattr.steering import OPERATORS, SteeringVector
 from mechattr.steering.operators import ablate, angular, clamp, norm_preserving
-
-FAMILIES = ("gpt2", "llama", "gemma2", "qwen3")
-SITE = full_name("resid_post", 1)
-PLACES: dict[str, Any] = {
-    "all": "all", "prompt": "prompt", "generated": "generated", "last": "last", "numbers": [2, 8],
-}  # fmt: skip
-
-
-def vector(model: Any, seed: int = 0, site: str = SITE, size: float = 4.0) -> SteeringVector:
-    v = torch.randn(model.info.d_model, generator=torch.Generator().manual_seed(seed))
-    return SteeringVector.of({site: size * v})
-
-
-def steered_at(positions: Any, lengths: torch.Tensor, n: int) -> list[list[int]]:
-    """The positions of each row that are steered, by definition."""
-    found = []
-    for length in lengths.tolist():
-        every = range(length + n)
-        where = {"all": every, "prompt": range(length), "generated": range(length, length + n), "last": [length - 1]}
-        found.append(list(where[positions]) if isinstance(positions, str) else [p for p in positions if p < length + n])
-    return found
-
-
-def by_hand(
-    model: Any, batch: Batch, v: torch.Tensor, positions: Any, steps: int, factors: list[float]
-) -> torch.Tensor:
-    """Greedy continuation without a cache, each step a run with an edit at exactly the positions that are steered."""
-    tokens = [batch.tokens[i, batch.mask[i]].tolist() for i in range(len(batch))]
-    for step in range(steps):
-        for i, row in enumerate(tokens):
-            at = [p for p in steered_at(positions, batch.lengths, step)[i] if p < len(row)]
-            edits = [Edit(SITE, Add(factors[i] * v), positions=at)] if at else []
-            row.append(int(model.run(Batch.of(torch.tensor([row])), edits=edits).logits[0, -1].argmax()))
-    return torch.tensor([row[-steps:] for row in tokens])
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -286,7 +253,7 @@ def test_what_does_not_fit_is_refused() -> None:
         ({"positions": [1.5]}, r"positions=\[1.5\]\n  found: something else than whole numbers"),
         ({"positions": [True, False]}, "something else than whole numbers"),
         ({"multiplier": float("nan")}, "multiplier=nan"),
-        ({"gate": 1}, "steering has no gates yet"),
+        ({"gate": 1}, "gate=1"),
     ]
     for settings, text in cases:
         with pytest.raises(SettingError, match=text), v.apply(model, **settings):
