@@ -15,16 +15,19 @@ from mechattr.steering.evaluation import SteeringEvaluation
 from mechattr.steering.operators import Operation
 from mechattr.steering.preference import Triples
 from mechattr.steering.prompted import Where, check_where
-from mechattr.steering.propensity import propensity
-from mechattr.steering.scored import MULTIPLIERS, answers, check_multipliers, names_of, propensities, texts
+from mechattr.steering.scored import MULTIPLIERS, check_multipliers, items, names_of, texts
 from mechattr.steering.stacked import Steered
 from mechattr.steering.vector import SteeringVector
+from mechattr.steering.written import Judge, Writing
+from mechattr.tasks.task import Task
+
+BY = ("condition", "multiplier")
 
 
 def evaluate(
     model: HookedModel,
     vector: SteeringVector,
-    triples: Triples,
+    triples: Triples | Task,
     *,
     multipliers: Sequence[float] = MULTIPLIERS,
     positions: Where = "all",
@@ -33,6 +36,8 @@ def evaluate(
     random: int = 3,
     shuffled: SteeringVector | None = None,
     prompting: str | None = None,
+    generate: int = 0,
+    judge: Judge | None = None,
     seed: int = 0,
     batch_size: int = 32,
     progress: bool | None = None,
@@ -48,66 +53,102 @@ def evaluate(
         model: a causal language model.
         vector: directions at sites of this model.
         triples: (prompt, answer that matches the behaviour, answer that does not): the items; better not those that
-            the vector was made from.
+            the vector was made from. Or a task, whose own metric on its clean prompts then takes the place of the
+            propensity.
         multipliers: different numbers.
         positions, operator, neutral, batch_size, progress: as for `sweep`.
         random: how many random vectors of equal length stand beside it, at least 1.
         shuffled: a vector from shuffled labels, of `mechattr.steering.shuffled`, to stand beside it.
         prompting: a text in front of each prompt, without steering, to be compared with; it ends in a space where there
             is to be one.
+        generate: how many tokens are written to each prompt, greedily, under each condition and multiplier; 0 is none.
+        judge: what gives each of a list of continuations a number, such as a classifier; called once for each
+            condition and multiplier, with the continuations in the order of the items.
         seed: of the random vectors.
 
     Raises:
-        SettingError: triples, multipliers, positions or texts that do not fit, or no random vector.
+        SettingError: triples, multipliers, positions or texts that do not fit, no random vector, or a judge without
+            texts or without numbers.
+        EmptyTaskError: a task without pairs.
         UnknownNameError: no such operator.
         MismatchError: a vector of another model.
         NonFiniteError: a steered run has NaN or infinity; sites and multipliers are named.
         UnsupportedFeatureError: a model that does not predict next tokens.
 
     Cost:
-        2 forward passes a triple and one a neutral text, and for each condition and multiplier as many through the
-        blocks from the first one that changes; of random vectors beyond the first, no neutral texts. 2 a triple for
-        prompting.
+        2 forward passes a triple (1 a pair of a task) and 1 a neutral text, and for each condition and multiplier as
+        many through the blocks from the first one that changes; of random vectors beyond the first, no neutral texts.
+        2 a triple for prompting. For each text that is written a pass for its perplexity, beside its generation, which
+        `settings["passes"]` does not count and `settings["written"]` does, in tokens at most.
 
     References:
         Tan et al. (2024), Analyzing the Generalization and Reliability of Steering Vectors, arXiv 2407.12404.
     """
     numbers = check_multipliers(multipliers)
     check_where(positions, operator)
-    if isinstance(random, bool) or not isinstance(random, int) or random < 1:
-        raise SettingError(f"random={random!r}", "no number of vectors", "give a whole number from 1")
+    _check(triples, random, generate, judge, prompting)
     conditions = {"vector": vector, "random": random_like(vector, seed)}
     conditions |= {} if shuffled is None else {"shuffled": shuffled}
     more = [random_like(vector, seed + draw) for draw in range(1, random)]
     how = (numbers, positions, operator, batch_size, progress)
-    rows = answers(model, triples)
-    scores = Steered(model, [*conditions.values(), *more], *how).scores(rows, "propensity")
-    found, n, forward = propensities(scores.steered), len(conditions), scores.forward
+    measured = items(model, triples)
+    scores = Steered(model, [*conditions.values(), *more], *how).scores(measured.rows, measured.measure)
+    found, n, forward = measured.values(scores.steered), len(conditions), scores.forward
     coords: dict[str, Any] = {"condition": tuple(conditions), "multiplier": names_of(numbers)}
-    by_condition = ("condition", "multiplier")
     draws = found[[1, *range(n, len(found))]]
     tensors = {
-        "propensity": Labelled(found[:n].clone(), (*by_condition, "item"), coords),
-        "base": Labelled(propensities(scores.base), ("item",)),
+        "propensity": Labelled(found[:n].clone(), (*BY, "item"), coords),
+        "base": Labelled(measured.values(scores.base), ("item",)),
         "random": Labelled(draws, ("draw", "multiplier", "item"), {"multiplier": coords["multiplier"]}),
     }
     if neutral:
         side = Steered(model, list(conditions.values()), *how).scores(texts(model, neutral, positions), "KL")
-        tensors["kl"] = Labelled(side.steered, (*by_condition, "text"), coords)
+        tensors["kl"] = Labelled(side.steered, (*BY, "text"), coords)
         forward += side.forward
-    if prompting is not None:
-        prompted = [(prompting + prompt, answer, other) for prompt, answer, other in triples]
-        tensors["prompting"] = Labelled(propensity(model, prompted, batch_size=batch_size).cpu(), ("item",))
-        forward += 2 * len(prompted)
+    prompted = None
+    if prompting is not None and not isinstance(triples, Task):
+        prompted = items(model, [(prompting + prompt, answer, other) for prompt, answer, other in triples])
+        alone = Steered(model, [], *how).scores(prompted.rows, "prompting")
+        tensors["prompting"] = Labelled(prompted.values(alone.base), ("item",))
+        forward += alone.forward
+    said: dict[str, list[list[str]]] = {}
+    if generate:
+        writing = Writing(model, numbers, positions, operator, generate, judge, batch_size, progress)
+        wrote = writing(list(conditions.values()), measured.prompts)
+        for name, values in wrote.measures.items():
+            table = values.unflatten(0, (n, len(numbers)))
+            tensors[name] = Labelled(table, (*BY, "item")[: table.ndim], coords)
+        said = {name: wrote.texts[i * len(numbers) :][: len(numbers)] for i, name in enumerate(conditions)}
+        if prompted is not None:
+            wrote = writing([None], prompted.prompts)
+            for name, values in wrote.measures.items():
+                tensors[f"prompting_{name}"] = Labelled(values[0].clone(), ("item",)[: values.ndim - 1])
+            said["prompting"] = wrote.texts
+    n_texts = sum(len(row) for rows in said.values() for row in rows)
     settings: dict[str, Any] = {
         "method": "evaluate",
+        "measure": {"name": measured.measure, "unit": measured.unit},
         "multipliers": numbers,
         "positions": positions,
         "operator": operator if isinstance(operator, str) else getattr(operator, "__qualname__", "function"),
         "norms": {name: one.norms() for name, one in conditions.items()},
         "prompting": prompting,
+        "texts": said,
+        "written": generate * n_texts,
         "seed": seed,
-        "passes": {"forward": forward, "backward": 0.0},
+        "passes": {"forward": forward + n_texts, "backward": 0.0},
     }
-    stamp = provenance({**asdict(model.info), **model.fingerprint()}, seed=seed, tokens=rows.batch.content)
+    stamp = provenance({**asdict(model.info), **model.fingerprint()}, seed=seed, tokens=measured.rows.batch.content)
     return SteeringEvaluation(tensors, settings=settings, provenance=stamp)
+
+
+def _check(triples: Any, random: Any, generate: Any, judge: Any, prompting: Any) -> None:
+    for name, number, first in (("random", random, 1), ("generate", generate, 0)):
+        if isinstance(number, bool) or not isinstance(number, int) or number < first:
+            raise SettingError(f"{name}={number!r}", "no such number", f"give a whole number from {first}")
+    if judge is not None and not (callable(judge) and generate):
+        found = "no texts to judge" if callable(judge) else f"a {type(judge).__name__}"
+        raise SettingError("judge", found, "give a function of texts, and generate= tokens")
+    if prompting is not None and (isinstance(triples, Task) or not isinstance(prompting, str)):
+        found = "a task, whose prompts are tokens" if isinstance(triples, Task) else f"a {type(prompting).__name__}"
+        raise SettingError("prompting", found, "give triples, and a text")

@@ -11,6 +11,7 @@ from torch import Tensor
 from mechattr.errors import SettingError
 
 BUDGET = 0.5  # nats a token
+Label = tuple[str | int, float]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -20,13 +21,13 @@ class Frontier:
     Attributes:
         effect: what is wanted, such as the change of propensity, in nats.
         side: what it costs, such as KL to the unsteered model, in nats a token.
-        labels: what each point is.
+        labels: what each point is: its condition or layer, and its multiplier.
         budget: the largest side effect that counts in `area` and `best`.
     """
 
     effect: Float[Tensor, " point"]
     side: Float[Tensor, " point"]
-    labels: tuple[str, ...]
+    labels: tuple[Label, ...]
     budget: float = BUDGET
 
     @property
@@ -42,13 +43,13 @@ class Frontier:
         return area(self.effect, self.side, self.budget)
 
     @property
-    def knee(self) -> str | None:
+    def knee(self) -> Label | None:
         """The label of the knee; see `knee`."""
         found = knee(self.effect, self.side)
         return None if found is None else self.labels[found]
 
     @property
-    def best(self) -> tuple[str | None, float]:
+    def best(self) -> tuple[Label | None, float]:
         """The label and effect of the best point within the budget; (None, 0.0) where not to steer is best."""
         found = best(self.effect, self.side, self.budget)
         return (None, 0.0) if found is None else (self.labels[found], float(self.effect[found]))

@@ -26,14 +26,15 @@ def interval(
     values: Float[Tensor, "*dims"], *, confidence: float = 0.95, draws: int = DRAWS, seed: int = 0
 ) -> Float[Tensor, "3 ..."]:
     """The mean over items, the last axis, with its percentile bootstrap interval: (mean, low, high). Items are drawn
-    with replacement, the same ones for everything in front of that axis."""
-    wide = values.double().cpu()
+    with replacement, the same ones for everything in front of that axis; NaN is left out."""
+    wide, real = values.double().cpu().nan_to_num(0.0), (~values.isnan()).double().cpu()
     n = wide.shape[-1]
     drawn = torch.randint(n, (draws, n), generator=torch.Generator().manual_seed(seed))
     weights = torch.zeros(draws, n, dtype=torch.double).scatter_add(1, drawn, torch.full(drawn.shape, 1 / n).double())
     edge = (1 - confidence) / 2
-    low, high = torch.quantile(wide @ weights.T, torch.tensor([edge, 1 - edge], dtype=torch.double), dim=-1)
-    return torch.stack([wide.mean(-1), low, high])
+    means = (wide @ weights.T) / (real @ weights.T)
+    low, high = torch.nanquantile(means, torch.tensor([edge, 1 - edge], dtype=torch.double), dim=-1)
+    return torch.stack([wide.sum(-1) / real.sum(-1), low, high])
 
 
 def estimate(values: Float[Tensor, " item"]) -> Estimate:

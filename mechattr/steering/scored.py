@@ -1,34 +1,66 @@
-"""What is scored of a steered model: propensity to answers, and how far its predictions on other texts move."""
+"""What is scored of a steered model: propensity to answers, a task's metric, and how far other predictions move."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechattr.errors import SettingError
-from mechattr.models.base import Batch, HookedModel
+from mechattr.errors import EmptyTaskError, SettingError
+from mechattr.models.base import Batch, HookedModel, Metric
 from mechattr.steering.preference import Triples, answer_log_probabilities, sequences
 from mechattr.steering.prompted import Where
 from mechattr.steering.side_effects import kl_of_logits
 from mechattr.steering.stacked import Rows
+from mechattr.tasks.task import Task
 
 MULTIPLIERS = (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0)
 
 
-def answers(model: HookedModel, triples: Triples) -> Rows:
-    """Rows of prompts with matching answers and then with the others; the score is the answer's log-probability."""
-    batch, starts = sequences(model, triples)
-    return Rows(batch, starts, _log_probability)
+@dataclass(frozen=True, eq=False, slots=True)
+class Items:
+    """Items that are measured.
+
+    Attributes:
+        rows: what runs.
+        values: the scores of rows -> one number an item.
+        measure: what these numbers are.
+        unit: their unit.
+    """
+
+    rows: Rows
+    values: Callable[[Float[Tensor, "... row"]], Float[Tensor, "... item"]]
+    measure: str
+    unit: str
+
+    @property
+    def prompts(self) -> list[list[int]]:
+        """The ids of each item's prompt."""
+        batch, starts = self.rows.batch, self.rows.starts
+        n = len(self.values(torch.zeros(len(batch))))
+        return [batch.tokens[i, batch.mask[i]][: starts[i]].tolist() for i in range(n)]
 
 
-def propensities(scores: Float[Tensor, "... row"]) -> Float[Tensor, "... item"]:
-    """log p(matching answer) - log p(other answer), from the scores of `answers`."""
-    matching, other = scores.split(scores.shape[-1] // 2, -1)
-    return matching - other
+def items(model: HookedModel, given: Triples | Task) -> Items:
+    """The propensity to the matching answers of triples, or the metric of a task on its clean prompts.
+
+    Raises:
+        SettingError: triples that do not fit.
+        EmptyTaskError: a task without pairs.
+        UnsupportedFeatureError: triples, and a model that does not predict next tokens.
+    """
+    if isinstance(given, Task):
+        if not len(given):
+            raise EmptyTaskError(f"the metric of task {given.name!r}", "no pairs", "make the task with pairs")
+        rows = Rows(given.clean, given.clean.lengths, partial(_measured, given.metric))
+        return Items(rows, lambda scores: scores, given.metric.name, given.metric.unit)
+    batch, starts = sequences(model, given)
+    return Items(Rows(batch, starts, _log_probability), _difference, "propensity", "nat")
 
 
 def texts(model: HookedModel, neutral: Any, positions: Where) -> Rows:
@@ -73,8 +105,17 @@ def names_of(multipliers: Sequence[float]) -> tuple[str, ...]:
     return tuple(f"{one:g}" for one in multipliers)
 
 
+def _difference(scores: Tensor) -> Tensor:
+    matching, other = scores.split(scores.shape[-1] // 2, -1)
+    return matching - other
+
+
 def _log_probability(logits: Tensor, batch: Batch, starts: Tensor, _base: Tensor, _of: Tensor) -> Tensor:
     return answer_log_probabilities(logits, batch, starts)
+
+
+def _measured(metric: Metric, logits: Tensor, batch: Batch, _starts: Tensor, _base: Tensor, _of: Tensor) -> Tensor:
+    return metric(logits, batch)
 
 
 def _kl(logits: Tensor, batch: Batch, _starts: Tensor, base: Tensor, of: Tensor) -> Tensor:

@@ -155,6 +155,6 @@ def begun(model: HookedModel, vector: SteeringVector) -> tuple[SteeringVector, i
         after = full_name("resid_pre", (layer or 0) + 1)
         shifts = short == "resid_post" and after in model.sites() and after not in vector.tensors
         moved[after if shifts else name] = table.values
-    layers = [parse(name)[1] if name.startswith("blocks.") else None for name in moved]
+    whole = model.info.n_encoder_layers or not all(name.startswith("blocks.") for name in moved)
     again = SteeringVector.of(moved, settings=vector.settings, provenance=vector.provenance)
-    return again, min(0 if layer is None else layer for layer in layers)
+    return again, 0 if whole else min(parse(name)[1] or 0 for name in moved)

@@ -15,15 +15,16 @@ from mechattr.steering.evaluation import SteeringSweep
 from mechattr.steering.operators import Operation
 from mechattr.steering.preference import Triples
 from mechattr.steering.prompted import Where, check_where
-from mechattr.steering.scored import MULTIPLIERS, answers, check_multipliers, names_of, propensities, texts
+from mechattr.steering.scored import MULTIPLIERS, check_multipliers, items, names_of, texts
 from mechattr.steering.stacked import Steered
 from mechattr.steering.vector import SteeringVector
+from mechattr.tasks.task import Task
 
 
 def sweep(
     model: HookedModel,
     vectors: SteeringVector | Mapping[int, SteeringVector],
-    triples: Triples,
+    triples: Triples | Task,
     *,
     layers: Sequence[int] | None = None,
     multipliers: Sequence[float] = MULTIPLIERS,
@@ -47,7 +48,7 @@ def sweep(
         vectors: one vector with directions in several layers, which are taken one layer at a time; or a vector for each
             layer, by layer.
         triples: (prompt, answer that matches the behaviour, answer that does not); better not those that the vectors
-            were made from.
+            were made from. Or a task, whose own metric on its clean prompts then takes the place of the propensity.
         layers: some of them; all by default.
         multipliers: different numbers.
         positions: `"all"`, the `"prompt"`, what is `"generated"`, the `"last"` token of the prompt, or position
@@ -59,6 +60,7 @@ def sweep(
         progress: `None` shows a bar on a terminal only.
 
     Raises:
+        EmptyTaskError: a task without pairs.
         SettingError: triples, layers, multipliers, positions or texts that do not fit.
         UnknownNameError: no such operator.
         MismatchError: vectors of another model.
@@ -66,19 +68,19 @@ def sweep(
         UnsupportedFeatureError: a model that does not predict next tokens.
 
     Cost:
-        2 forward passes a triple and one a neutral text, and for each layer and multiplier as many through the blocks
-        behind the layer (for the last layer: through the last block).
+        2 forward passes a triple (1 a pair of a task) and 1 a neutral text, and for each layer and multiplier as many
+        through the blocks behind the layer (for the last layer: through the last block).
     """
     given = _by_layer(vectors, layers)
     numbers = check_multipliers(multipliers)
     check_where(positions, operator)
     steered = Steered(model, list(given.values()), numbers, positions, operator, batch_size, progress)
-    rows = answers(model, triples)
-    scores = steered.scores(rows, "propensity")
+    measured = items(model, triples)
+    scores = steered.scores(measured.rows, measured.measure)
     coords: dict[str, Any] = {"layer": tuple(given), "multiplier": names_of(numbers)}
     tensors = {
-        "propensity": Labelled(propensities(scores.steered), ("layer", "multiplier", "item"), coords),
-        "base": Labelled(propensities(scores.base), ("item",)),
+        "propensity": Labelled(measured.values(scores.steered), ("layer", "multiplier", "item"), coords),
+        "base": Labelled(measured.values(scores.base), ("item",)),
     }
     forward = scores.forward
     if neutral:
@@ -87,13 +89,14 @@ def sweep(
         forward += side.forward
     settings: dict[str, Any] = {
         "method": "sweep",
+        "measure": {"name": measured.measure, "unit": measured.unit},
         "multipliers": numbers,
         "positions": positions,
         "operator": operator if isinstance(operator, str) else getattr(operator, "__qualname__", "function"),
         "norms": {str(layer): vector.norms() for layer, vector in given.items()},
         "passes": {"forward": forward, "backward": 0.0},
     }
-    stamp = provenance({**asdict(model.info), **model.fingerprint()}, tokens=rows.batch.content)
+    stamp = provenance({**asdict(model.info), **model.fingerprint()}, tokens=measured.rows.batch.content)
     return SteeringSweep(tensors, settings=settings, provenance=stamp)
 
 
