@@ -90,7 +90,7 @@ def head_map(
                     aspect="auto",
                     interpolation="nearest",
                 )
-                _frame(ax, left - 0.5, -0.5, block.shape[1], n_layers)
+                frame(ax, left - 0.5, -0.5, block.shape[1], n_layers)
         right = where + 0.5 if mlps is not None else n_heads - 0.5
         ax.set(xlim=(-0.5, right), ylim=(n_layers - 0.5, -0.5), xlabel=column, ylabel="layer")
         ax.set_title(title, loc="left")
@@ -98,7 +98,7 @@ def head_map(
         ticks: list[float] = [float(i) for i in range(0, n_heads, step)]
         names = [str(i) for i in range(0, n_heads, step)]
         ax.set_xticks(ticks + ([where] if mlps is not None else []), names + (["MLP"] if mlps is not None else []))
-        _layer_ticks(ax, numbers)
+        layer_ticks(ax, numbers)
         colour_bar([ax], cmap, norm, label, bounds, gaps=not (np.isfinite(grid).all() and np.isfinite(beside).all()))
         kind = "E" if column.startswith("expert") else "H"
         cells = [(grid[i, j], i, float(j), f"L{numbers[i]}{kind}{j}") for i in range(n_layers) for j in range(n_heads)]
@@ -170,14 +170,14 @@ def position_map(
         for index, (ax, (name, grid)) in enumerate(zip(axes, grids.items(), strict=True)):
             ax.imshow(np.ma.masked_invalid(grid), cmap=cmap, norm=norm, aspect="auto", interpolation="nearest")
             ax.set_ylim(n_layers - 0.5, -0.5)
-            _frame(ax, -0.5, -0.5, n_columns, n_layers)
+            frame(ax, -0.5, -0.5, n_columns, n_layers)
             bracketed = bool(rows) and (index == 0 or not stacked)
             ax.set_title(name, loc="left", pad=4 + (13 * lines + 3 if bracketed else 0))
             if bracketed:
                 _brackets(ax, spans or {}, rows)
             if index == 0 or stacked:
                 ax.set_ylabel("layer")
-                _layer_ticks(ax, list(layers) if layers is not None else list(range(n_layers)))
+                layer_ticks(ax, list(layers) if layers is not None else list(range(n_layers)))
             if index == len(grids) - 1 or not stacked:
                 ax.set_xticks(ticks, [shown[i] for i in ticks], rotation=90 if upright else 0)
                 ax.set_xlabel(column if len(ticks) == n_columns else f"{column} (1 of {ticks[1]} named)")
@@ -186,13 +186,13 @@ def position_map(
     return axes
 
 
-def _layer_ticks(ax: Axes, numbers: list[int]) -> None:
+def layer_ticks(ax: Axes, numbers: list[int]) -> None:
     """Every layer's number, or every 2nd, 4th, ... of many."""
     step = max(1, math.ceil(len(numbers) / 16))
     ax.set_yticks(range(0, len(numbers), step), [str(n) for n in numbers[::step]])
 
 
-def _frame(ax: Axes, left: float, top: float, width: float, height: float) -> None:
+def frame(ax: Axes, left: float, top: float, width: float, height: float) -> None:
     """A thin frame, so that white cells at the edge are seen as cells; the axes' own lines go."""
     from matplotlib.patches import Rectangle
 

@@ -19,6 +19,7 @@ from mechattr.steering.intervals import Estimate, estimate, interval
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.axes import Axes
 
 SIDES = ("kl", "perplexity", "distinct_2", "repetition", "judge")  # of neutral texts, and of generated ones
 
@@ -221,6 +222,22 @@ class SteeringEvaluation(Curves):
         parts += [f"prompting changes it by {self.prompting}"] if self.prompting else []
         return "; ".join(parts)
 
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draws propensity against the multiplier, beside controls; see `mechattr.draw.propensity_curve`."""
+        from mechattr.steering.pictures import curve
+
+        return curve(self, ax)
+
+    def plot_frontier(self, ax: Axes | None = None, *, budget: float = BUDGET) -> Axes:
+        """Draws the effect against its price, beside controls; see `mechattr.draw.side_effect_frontier`.
+
+        Raises:
+            SettingError: no neutral texts were given, or a budget that is not above 0.
+        """
+        from mechattr.steering.pictures import price
+
+        return price(self, budget, ax)
+
     @property
     def _main(self) -> tuple[str, ...]:
         return ("vector",)
@@ -249,6 +266,13 @@ class SteeringSweep(Curves):
     def layers(self) -> tuple[int, ...]:
         """The layers."""
         return self.names
+
+    def plot(self, ax: Axes | None = None, *, budget: float = BUDGET) -> Axes:
+        """Draws the effect by layer and multiplier, and KL beside it where it was measured (in axes of your own the
+        effect alone); see `mechattr.draw.steering_map`."""
+        from mechattr.steering.pictures import by_layer
+
+        return by_layer(self, budget, ax)
 
     @property
     def summary(self) -> str:
