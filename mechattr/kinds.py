@@ -29,4 +29,6 @@ KINDS: dict[str, str] = {
     "steering_sweep": "mechattr.steering.evaluation:SteeringSweep",
     "steering_condition": "mechattr.steering.conditions:Condition",
     "steering_vector": "mechattr.steering.vector:SteeringVector",
+    "reft": "mechattr.steering.reft:ReFT",
+    "g_act": "mechattr.steering.gact:GAct",
 }

@@ -13,13 +13,16 @@ from mechattr.steering.evaluate import evaluate
 from mechattr.steering.evaluation import SteeringEvaluation, SteeringSweep
 from mechattr.steering.files import from_gguf, from_json, to_gguf, to_json
 from mechattr.steering.frontier import Frontier
+from mechattr.steering.gact import GAct, g_act
 from mechattr.steering.given import act_add, from_direction
 from mechattr.steering.grains import grains
 from mechattr.steering.intervals import Estimate
+from mechattr.steering.learned import learned
 from mechattr.steering.operators import OPERATORS
 from mechattr.steering.preference import TokenScores, token_scores
 from mechattr.steering.probes import iti, probe
 from mechattr.steering.propensity import propensity
+from mechattr.steering.reft import ReFT, reft
 from mechattr.steering.refusal import refusal
 from mechattr.steering.side_effects import cross_entropy, kl_of_logits, kl_to_base, perplexity
 from mechattr.steering.sweep import sweep
@@ -34,8 +37,10 @@ __all__ = [
     "Contrasts",
     "Estimate",
     "Frontier",
+    "GAct",
     "MultipleChoice",
     "Question",
+    "ReFT",
     "SteeringEvaluation",
     "SteeringSweep",
     "SteeringVector",
@@ -49,10 +54,12 @@ __all__ = [
     "from_direction",
     "from_gguf",
     "from_json",
+    "g_act",
     "grains",
     "iti",
     "kl_of_logits",
     "kl_to_base",
+    "learned",
     "mass_mean",
     "mean_difference",
     "multiple_choice",
@@ -63,6 +70,7 @@ __all__ = [
     "random_like",
     "read_pairs",
     "read_triples",
+    "reft",
     "refusal",
     "repetition",
     "shuffled",

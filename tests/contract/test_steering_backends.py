@@ -11,10 +11,26 @@ from backends import backend_model, bridge
 from contract_state import state
 
 from mechattr.engines.paths import path_gradients
+from mechattr.errors import UnsupportedFeatureError
 from mechattr.models.hf import HookedHF
 from mechattr.models.lens import HookedLens
 from mechattr.sites import full_name
-from mechattr.steering import SteeringVector, grains, iti, mass_mean, mean_difference, pca, probe
+from mechattr.steering import (
+    GAct,
+    ReFT,
+    SteeringVector,
+    act_add,
+    from_direction,
+    g_act,
+    grains,
+    iti,
+    learned,
+    mass_mean,
+    mean_difference,
+    pca,
+    probe,
+    reft,
+)
 
 KINDS = pytest.mark.parametrize("kind", ("lens-gpt2", "nnsight-gpt2", "nnsight-local-gpt2"))
 SITE = full_name("resid_post", 0)
@@ -26,6 +42,12 @@ BUILDERS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     **{f.__name__: (f, PAIRS, {"layers": [0, 1]}) for f in (mean_difference, mass_mean, pca, probe)},
     "iti": (iti, PAIRS, {"sites": "z"}),
     "grains": (grains, TRIPLES, {"layers": [0], "k": 1}),
+    "g_act": (g_act, PAIRS, {"layers": [0, 1], "clusters": 2}),
+    **{
+        f"learned {loss}": (learned, TRIPLES, {"layers": [0, 1], "loss": loss, "steps": 2, "rate": 0.2})
+        for loss in ("bidirectional", "cross_entropy")
+    },
+    "reft": (reft, TRIPLES, {"layers": [0, 1], "rank": 2, "steps": 2, "rate": 0.2}),
 }
 
 
@@ -46,6 +68,10 @@ def reading(kind: str) -> Any:
 def test_vectors_are_built_alike(kind: str) -> None:
     model, other = reading("hf"), reading(kind)
     for build, data, how in BUILDERS.values():
+        if build is reft and kind == "nnsight-local":  # where what an edit sees stays where it runs
+            with pytest.raises(UnsupportedFeatureError, match="backend 'nnsight' keeps states where the model runs"):
+                build(other, data, **how)
+            continue
         expected, found = (build(m, data, **how).tensors for m in (model, other))
         fewer = build(model, data[1:], **how).tensors
         assert found.keys() == expected.keys() == fewer.keys()
@@ -87,3 +113,42 @@ def test_gradients_along_a_path_are_those_of_the_reference(kind: str) -> None:
         other_path = path_gradients(model, batch, families.probe, **{**how, "steps": 1})
         with pytest.raises(AssertionError):  # control: another path
             torch.testing.assert_close(found.attributions, other_path.attributions, rtol=0, atol=1e-3)
+
+
+@KINDS
+@pytest.mark.parametrize("which", ("reft", "g_act"))
+def test_functions_of_the_state_steer_alike(kind: str, which: str) -> None:
+    model, other = families.hooked("gpt2"), backend_model(kind)
+    draw, d = torch.Generator().manual_seed(0), model.info.d_model
+    rows, (w, c) = torch.linalg.qr(torch.randn(d, 3, generator=draw))[0].mT, torch.randn(2, 3, d, generator=draw)
+    table = [rows, w / d**0.5, c[:, 0]] if which == "reft" else [c, w, c[:, 0]]
+    found = (ReFT if which == "reft" else GAct).made(model, {SITE: table}, which, 0)
+    for side in ("left", "right"):
+        batch = families.ragged(side)
+        before, clean = state(other, (batch,)), other.run(batch).logits[batch.mask]
+        with found.apply(other, multiplier=0.0):
+            assert torch.equal(other.run(batch).logits[batch.mask], clean)
+        with found.apply(model, multiplier=2.0), found.apply(other, multiplier=2.0):
+            expected, there = (m.run(batch).logits[batch.mask] for m in (model, other))
+            if side == "left":
+                tokens = [m.generate(batch, max_new_tokens=2).tokens for m in (model, other)]
+                assert torch.equal(*tokens)
+        torch.testing.assert_close(there, expected, **CLOSE)
+        with pytest.raises(AssertionError):  # control: not steered
+            torch.testing.assert_close(clean, expected, **CLOSE)
+        assert state(other, (batch,)) == before and torch.equal(other.run(batch).logits[batch.mask], clean)
+
+
+@pytest.mark.parametrize("name", ("learned bidirectional", "reft", "g_act", "act_add", "from_direction"))
+def test_building_leaves_the_model_as_it_was_and_gives_the_same_again(name: str) -> None:
+    model = reading("hf")
+    direction = torch.ones(model.info.d_model)
+    more = {
+        "act_add": (act_add, PAIRS[:1], {"layers": [0]}),
+        "from_direction": (from_direction, direction, {"layers": [0]}),
+    }
+    build, data, how = {**BUILDERS, **more}[name]
+    before = state(model, ())
+    found, again = (build(model, data, **how).tensors for _ in range(2))
+    assert state(model, ()) == before
+    assert all(torch.equal(again[n].values, table.values) for n, table in found.items())

@@ -166,6 +166,48 @@ def test_the_head_that_tells_the_sides_is_the_one_that_is_chosen() -> None:
     assert many[0]["head"] == 1 and len(many) == 3 and many[1]["accuracy"] < 1
 
 
+@pytest.mark.parametrize("direction", ["mass_mean", "probe"])
+def test_swapped_pairs_turn_the_directions_of_heads_around(direction: str) -> None:
+    model, _, pairs = planted()
+    swapped = [(b, a) for a, b in pairs]
+    v, turned = (iti(model, p, layers=[0], heads=2, direction=direction) for p in (pairs, swapped))
+    assert v.settings["heads"] == turned.settings["heads"]
+    (name,) = v.sites
+    assert float(v.tensors[name].values.norm()) > 1e-2
+    torch.testing.assert_close(turned.tensors[name].values, -v.tensors[name].values, rtol=1e-4, atol=1e-6)  # solver
+    other = iti(model, swapped[:12], layers=[0], heads=2, direction=direction)  # the control: other pairs
+    assert not torch.allclose(other.tensors[name].values, -v.tensors[name].values, rtol=1e-4, atol=1e-6)
+
+
+def test_a_swapped_pair_turns_the_difference_of_prompts_around() -> None:
+    model, *_ = planted()
+    v, turned = (act_add(model, [pair], layers=[0]) for pair in (("gai", "bcj"), ("bcj", "gai")))
+    assert torch.equal(turned.tensors[SITE].values, -v.tensors[SITE].values)
+    assert not torch.equal(turned.tensors[SITE].values, v.tensors[SITE].values)  # the control: not turned
+
+
+def test_a_decoder_row_of_a_dictionary_is_what_its_latent_adds() -> None:
+    """Steering by a row of a sparse autoencoder's decoder, in place of its latent."""
+    model, *_ = planted()
+    encoder, decoder = torch.randn(2, 7, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    decoder = decoder.float().double()  # vectors are float32
+    dictionary = ma.models.Dictionary(
+        encode=lambda x: torch.relu(x @ encoder.T), decode=lambda f: f @ decoder, site="resid_post", layer=0
+    )
+    view = model.with_dictionaries([dictionary])
+    batch = view.tokenize(["abcde", "gh"])
+    edit = ma.models.Edit("resid_post_latents", ma.models.Add(3.0), neurons=[4])
+    expected = view.run(batch, edits=[edit]).logits
+    for row, same in ((4, True), (2, False)):  # the control: another latent's row
+        v = from_direction(view, decoder[row], layers=[0])
+        with v.apply(view, multiplier=3.0):
+            found = view.run(batch).logits
+        assert torch.allclose(found, expected, rtol=0, atol=1e-10) == same  # float64
+    latent = from_direction(view, torch.eye(7)[4], sites="resid_post_latents")
+    with latent.apply(view, multiplier=3.0):
+        torch.testing.assert_close(view.run(batch).logits, expected, rtol=0, atol=1e-10)  # float64
+
+
 def test_directions_of_ones_own_stay_as_they_are() -> None:
     model, direction, _ = planted()
     v = from_direction(model, direction, sites=["resid_pre", "resid_post"])
