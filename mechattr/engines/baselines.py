@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechattr.errors import SettingError, UnknownNameError, nearest
-from mechattr.models.base import Batch, HookedModel
+from mechattr.models.base import HookedModel
 
 BASELINES = ("mean", "zero")
 
@@ -34,14 +34,14 @@ def baseline_vector(model: HookedModel, given: str | int, site: str = "hook_embe
 
 
 def in_place(
-    baseline: Float[Tensor, "*d_model"], x: Float[Tensor, "row pos d_model"], batch: Batch
+    baseline: Float[Tensor, "*d_model"], x: Float[Tensor, "row pos d_model"], image: Bool[Tensor, "row pos"] | None
 ) -> Float[Tensor, "row pos d_model"]:
     """A baseline at each place of the embeddings x. An image has no embedding in the table, so that at its tokens the
     mean of its own embeddings stands for any baseline but zero."""
     like = baseline.to(x).expand(x.shape)
-    if batch.image is None or not baseline.ndim:
+    if image is None or not baseline.ndim:
         return like
-    return torch.where(batch.image[..., None], _image_means(x, batch.image), like)
+    return torch.where(image[..., None], _image_means(x, image), like)
 
 
 def _image_means(x: Tensor, image: Tensor) -> Tensor:

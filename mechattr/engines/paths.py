@@ -171,7 +171,7 @@ class _Path:
 
     def _baseline(self, given: str | int | Tensor) -> Tensor:
         if not isinstance(given, Tensor):
-            return in_place(baseline_vector(self.model, given, self.site), self.x, self.batch)
+            return in_place(baseline_vector(self.model, given, self.site), self.x, self.batch.image)
         try:
             return given.to(self.x).expand(self.x.shape)
         except RuntimeError as error:

@@ -46,10 +46,11 @@ class Removal:
 
     def __call__(self, batch: Batch, gone: Bool[Tensor, "row pos"]) -> tuple[Batch, list[Edit]]:
         """A batch that has lost some tokens, and the edits that this takes."""
+        baseline, image = self.baseline, batch.image  # tensors, which can be sent to where a model runs
 
         def replaced(x: Float[Tensor, "row pos d_model"], _place: Place) -> Tensor:
-            assert self.baseline is not None
-            return torch.where(gone[..., None], in_place(self.baseline, x, batch), x)
+            assert baseline is not None
+            return torch.where(gone[..., None], in_place(baseline, x, image), x)
 
         def hidden(x: Float[Tensor, "row head query key"], _place: Place) -> Tensor:
             seen = torch.eye(x.shape[-1], dtype=torch.bool, device=x.device)  # a token still sees itself
