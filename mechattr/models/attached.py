@@ -1,44 +1,43 @@
-"""A transformers model of the user's own, edited inside a `with` block: its forward and generate stay what they are."""
+"""A transformers model of the user's own, edited inside `with` blocks: its forward and generate stay what they are."""
 
 from __future__ import annotations
 
-import copy
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mechattr.models.batch import Batch
-from mechattr.models.edits import Frame
+from mechattr.models.edits import Edit, Frame
 from mechattr.models.hf import HookedHF
-from mechattr.models.running import Turns
-from mechattr.models.standing import StandingEdits
+from mechattr.models.hooks import Hooks
+from mechattr.models.standing import ATTACHED, StandingEdits
 from mechattr.models.taps import Taps, plan_edits
 from mechattr.sites import site_spec
 
-# The models that are edited now, each with the hooked model around it
-_edited: dict[Any, HookedHF] = {}
+# The models that are edited now
+_edited: dict[Any, _Attached] = {}
+_lock = threading.Lock()
 
 
 def hooked_around(torch_model: Any) -> HookedHF:
     """A hooked model around a transformers model. Where edits are attached to it already, it is the one that was made
     without them: the checks at load would meet what they change."""
     known = _edited.get(torch_model)
-    if known is None:
-        return HookedHF(torch_model)
-    other = copy.copy(known)
-    other._turns = Turns()  # the other one has its turn until its block ends
-    return other
+    return HookedHF(torch_model) if known is None else known.model
 
 
 @contextmanager
 def attached(model: HookedHF, added: StandingEdits) -> Iterator[None]:
     """Edits act in every call of `model.model`, the transformers model itself, until the block ends.
 
-    Blocks nest: the edits of the inner one meet what those of the outer one made.
+    Blocks nest, and may end in any order: the edits of the later one meet what those of the earlier one made. They act
+    in all threads. Calls and generations of several threads take turns, and each thread has a prompt of its own.
 
     Where a call begins without a cache of keys and values, its rows are a prompt; calls that go on with a cache, and
     all calls that its `generate` makes, continue that prompt. A loop of the user's own without a cache therefore has
@@ -48,65 +47,110 @@ def attached(model: HookedHF, added: StandingEdits) -> Iterator[None]:
         model: the hooked model around it.
         added: the edits.
     """
-    taps = Taps(Frame.whole(Batch.of(torch.zeros(1, 1, dtype=torch.long))), {site: [] for site in added.sites})
-    taps.axes = {name: site_spec(name).axes for name in taps.names}
-    calls = _Calls(model, added, taps)
-    torch_model = model.model
-    with model._tapping(Batch.of(torch.zeros(1, 1, dtype=torch.long)), taps):
-        handle = torch_model.register_forward_pre_hook(calls.before, with_kwargs=True)
-        own = torch_model.__dict__.get("generate")
-        outer = _edited.get(torch_model)
-        torch_model.generate = calls.generating(torch_model.generate)
-        _edited[torch_model] = model
-        try:
-            yield
-        finally:
-            del _edited[torch_model]
-            if outer is not None:
-                _edited[torch_model] = outer
-            handle.remove()
-            del torch_model.generate
-            if own is not None:
-                torch_model.generate = own
+    with _lock:
+        here = _edited.setdefault(model.model, _Attached(model))
+        here.users += 1
+    try:
+        with here.turn:
+            here.change((*here.blocks, added))
+        yield
+    finally:
+        with here.turn:
+            here.change(tuple(one for one in here.blocks if one is not added))
+        with _lock:
+            here.users -= 1
+            if not here.users:
+                del _edited[model.model]
 
 
-class _Calls:
-    """Which positions each call of a model has."""
+class _Talk(threading.local):
+    """What one thread is saying to a model.
 
-    def __init__(self, model: HookedHF, added: StandingEdits, taps: Taps) -> None:
-        self.model, self.added, self.taps = model, added, taps
-        self.prompt: Batch | None = None
-        self.inside = False
-        self.rows = 0  # of what `generate` was given, if that is known: beams repeat them
+    Attributes:
+        prompt: its rows, once there was a call.
+        rows: of what `generate` was given, while it runs and if that is known: beams repeat them.
+        inside: whether `generate` runs.
+        planned: the edits of each block for this prompt, by site.
+    """
 
-    def generating(self, generate: Callable[..., Any]) -> Callable[..., Any]:
+    prompt: Batch | None = None
+    rows = 0
+    inside = False
+
+    def __init__(self) -> None:
+        self.planned: dict[StandingEdits, dict[str, list[Edit]]] = {}
+
+
+class _Attached:
+    """One transformers model with the edits of all blocks around it."""
+
+    def __init__(self, model: HookedHF) -> None:
+        self.model, self.users = model, 0
+        self.turn, self.talk = threading.RLock(), _Talk()
+        self.blocks: tuple[StandingEdits, ...] = ()
+        self.stack = ExitStack()
+
+    def change(self, blocks: tuple[StandingEdits, ...]) -> None:
+        """Takes all hooks off and puts those of these blocks on."""
+        torch_model = self.model.model
+        self.stack.close()
+        self.blocks, ATTACHED[torch_model] = blocks, blocks
+        if not blocks:
+            del ATTACHED[torch_model]
+            return
+        one = Batch.of(torch.zeros(1, 1, dtype=torch.long))
+        self.taps = Taps(Frame.whole(one), {site: [] for block in blocks for site in block.sites})
+        self.taps.axes = {name: site_spec(name).axes for name in self.taps.names}
+        with ExitStack() as stack:
+            stack.enter_context(self.model._tapping(one, self.taps))
+            for name, within in (("forward", self._calling), ("generate", self._generating)):
+                Hooks(stack).attribute(torch_model, name, within(getattr(torch_model, name)))
+            self.stack = stack.pop_all()
+
+    def _generating(self, generate: Callable[..., Any]) -> Callable[..., Any]:
         """`generate`, of which the first call has the prompt."""
 
+        @wraps(generate)
         def within(*args: Any, **kwargs: Any) -> Any:
             named = (kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))
             given = next((x for x in (*args[:1], *named) if x is not None), ())
-            self.inside, self.prompt, self.rows = True, None, len(given)
-            try:
-                return generate(*args, **kwargs)
-            finally:
-                self.inside, self.prompt, self.rows = False, None, 0
+            with self.turn:
+                self.talk.inside, self.talk.prompt, self.talk.rows = True, None, len(given)
+                try:
+                    return generate(*args, **kwargs)
+                finally:
+                    self.talk.inside, self.talk.prompt, self.talk.rows = False, None, 0
 
         return within
 
-    def before(self, _module: Any, args: Any, given: dict[str, Any]) -> None:
-        """Tells the taps which positions the columns of a call are."""
+    def _calling(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """`forward`, with the positions and the edits of this call."""
+
+        @wraps(forward)
+        def within(*args: Any, **kwargs: Any) -> Any:
+            with self.turn:
+                self._locate(args, kwargs)
+                return forward(*args, **kwargs)
+
+        return within
+
+    def _locate(self, args: Sequence[Any], given: dict[str, Any]) -> None:
+        """Tells the taps which positions the columns of a call are, and what is done there."""
+        talk = self.talk
         ids: Tensor | None = args[0] if args else given.get("input_ids")
         embeds = given.get("inputs_embeds")
         shape = tuple(ids.shape) if ids is not None else tuple(embeds.shape[:2]) if embeds is not None else (1, 1)
         past = given.get("past_key_values")
         seen = 0 if past is None else int(past.get_seq_length())
-        mask = given.get("attention_mask")
-        if self.prompt is None or (not seen and not self.inside):
-            self.prompt = self._prompt(ids, mask, shape, seen)
-            edits = self.added.edits(self.prompt)
-            planned = plan_edits(edits, self.model.sites(), self.model.info, self.prompt.lengths)
-            self.taps.edits = {name: planned.get(name, []) for name in self.added.sites}
-        prompt = self.prompt
+        if talk.prompt is None or (not seen and not talk.inside):
+            talk.prompt, talk.planned = self._prompt(ids, given.get("attention_mask"), shape, seen), {}
+        prompt = talk.prompt
+        for block in self.blocks:
+            if block not in talk.planned:
+                edits = block.edits(prompt)
+                talk.planned[block] = plan_edits(edits, self.model.sites(), self.model.info, prompt.lengths)
+        for name in self.taps.edits:
+            self.taps.edits[name] = [edit for block in self.blocks for edit in talk.planned[block].get(name, ())]
         width = prompt.tokens.shape[1]
         new = torch.arange(max(0, seen + shape[1] - width), device=prompt.device)
         keys = torch.cat([prompt.positions, prompt.lengths[:, None] + new], 1)
@@ -121,5 +165,5 @@ class _Calls:
             tokens[:, seen:] = ids
         flat = isinstance(mask, Tensor) and mask.ndim == 2
         real = mask[:, :width].bool().to(device) if flat else torch.ones_like(tokens, dtype=torch.bool)
-        copies = max(1, rows // (self.rows or rows))
+        copies = max(1, rows // (self.talk.rows or rows))
         return Batch.of(tokens[::copies], real[::copies])

@@ -30,6 +30,7 @@ from mechattr.models.rules import Rules
 from mechattr.models.running import Running, Turns
 from mechattr.models.selfcheck import selfcheck
 from mechattr.models.sharding import split_of
+from mechattr.models.standing import check_unedited
 from mechattr.models.taps import Taps, plan_edits, supported
 from mechattr.sites import expand, site_spec
 
@@ -59,7 +60,7 @@ class HookedHF(Running):
         UnsupportedModelError: a family without a row that discovery cannot describe, one whose attention does not go
             through the tap, or a quantised model.
         SelfCheckError: a hook that does not do what its site's name says.
-        ModelStateError: a model in training mode.
+        ModelStateError: a model in training mode, or one that is being steered.
     """
 
     checkpoints: ClassVar[bool] = True
@@ -84,6 +85,7 @@ class HookedHF(Running):
         self._forms: dict[int, AttentionForm] | None = None
         check_weights(model)
         self._check_state()  # dropout would make what discovery and the self-check compare meaningless
+        check_unedited(model)
         family, mapping = row_of(model, family)
         self.config = c = text_config(model.config, family)
         n_heads = c.num_attention_heads
@@ -254,7 +256,8 @@ class HookedHF(Running):
                 "rows end in padding",
                 "use model.tokenize(texts, padding_side='left')",
             )
-        planned = plan_edits(self._edited(batch, edits), self._sites, self.info, batch.lengths, batch.prompt.lengths)
+        edited = self._edited(batch, edits, grows=True)
+        planned = plan_edits(edited, self._sites, self.info, batch.lengths, batch.prompt.lengths)
         taps = Taps(Frame.whole(batch), planned, self._dictionaries)
         taps.axes = {name: site_spec(name).axes for name in taps.names}
 

@@ -162,7 +162,7 @@ class HookedLens(Running):
             raise SettingError("generate from a right-padded batch", "rows end in padding", fix)
         taps = Taps(
             Frame(batch.lengths, batch.positions, batch.positions),
-            plan_edits(self._edited(batch, edits), self._sites, self.info, batch.lengths),
+            plan_edits(self._edited(batch, edits, grows=True), self._sites, self.info, batch.lengths),
             self._dictionaries,
         )
         taps.axes = {name: site_spec(name).axes for name in taps.names}

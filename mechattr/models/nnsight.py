@@ -211,7 +211,7 @@ class HookedNNsight(Traced):
         self._check(batch)
         configured = getattr(self.model, "generation_config", None)
         ends = kwargs.pop("eos_token_id", getattr(configured, "eos_token_id", None))
-        planned = plan_edits(self._edited(batch, edits), self._sites, self.info, batch.lengths)
+        planned = plan_edits(self._edited(batch, edits, grows=True), self._sites, self.info, batch.lengths)
 
         def forward(grown: Batch) -> Tensor:
             self._check(grown)

@@ -22,7 +22,7 @@ from mechattr.models.families import Family, full_sites, text_config
 from mechattr.models.norms import Norm
 from mechattr.models.rules import Rules
 from mechattr.models.sharding import check_one_process
-from mechattr.models.standing import Standing
+from mechattr.models.standing import Standing, check_unedited
 from mechattr.models.taps import supported
 from mechattr.sites import parse, site_spec
 
@@ -53,6 +53,7 @@ class Traced(Standing):
         self.tokenizer = tokenizer or getattr(self.traced, "tokenizer", None)
         self._weight_hash = weights.Hasher()
         self._check_state()
+        check_unedited(self.model)
         family, mapping = row_of(self.model, family)
         if self.model.get_output_embeddings() is None:
             found = "it has no language-model head"

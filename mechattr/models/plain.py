@@ -154,7 +154,7 @@ class HookedPlain(Running):
         check_batch(batch, self.info, self.device)
         taps = Taps(
             Frame(batch.lengths, batch.positions, batch.positions),
-            plan_edits(self._edited(batch, edits), self._sites, self.info, batch.lengths),
+            plan_edits(self._edited(batch, edits, grows=True), self._sites, self.info, batch.lengths),
             self._dictionaries,
         )
         taps.axes = {name: site_spec(name).axes for name in taps.names}

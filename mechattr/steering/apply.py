@@ -35,9 +35,9 @@ def apply(
         model: a hooked model, or a transformers model, whose own `forward` and `generate` are then steered.
         multiplier: a number, or one for each row of what is run inside.
         positions: `"all"`, `"prompt"` and `"generated"` tokens, the `"last"` one of the prompt, position numbers
-            (absolute, whatever a cache of keys and values holds; negative ones count from the prompt's end), or a mask
-            [row, column of the prompt]. A vector with directions of single positions says itself where it acts: at
-            those that a prompt has.
+            (absolute, whatever a cache of keys and values holds; negative ones count from the prompt's end; rows that
+            are shorter are left alone), or a mask [row, column of the prompt]. A vector with directions of single
+            positions says itself where it acts: at those that a prompt has.
         operator: `"add"`, `"norm_preserving"`, `"ablate"`, `"ablate_then_add"`, `"clamp"`, `"angular"`, `"scale"`, or a
             function `(x, v, multiplier) -> x`.
         gate: which rows are steered: one bool for each prompt, a `mechattr.steering.Condition`, a rule of conditions

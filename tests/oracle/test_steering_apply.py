@@ -8,7 +8,7 @@ import families
 import pytest
 import torch
 from patching_cases import plain
-from steering_cases import FAMILIES, PLACES, SITE, by_hand, vector
+from steering_cases import SITE, vector
 
 import mechattr as ma
 from mechattr.errors import MismatchError, NonFiniteError, SettingError
@@ -18,43 +18,6 @@ from mechattr.models.operators import Add
 from mechattr.sites import full_name
 from mechattr.steering import OPERATORS, SteeringVector
 from mechattr.steering.operators import ablate, angular, clamp, norm_preserving
-
-
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_cached_generation_is_uncached_and_a_loop_by_hand(family: str, place: str) -> None:
-    model, steps = families.hooked(family), 4
-    v, factors = vector(model), [1.0, -0.5, 2.0]
-    batch = families.ragged("left")
-    expected = by_hand(model, batch, v.tensors[SITE].values, PLACES[place], steps, factors)
-    for settings in ({}, {"use_cache": False}):
-        with v.apply(model, factors, positions=PLACES[place]):
-            found = model.generate(batch, max_new_tokens=steps, min_new_tokens=steps, do_sample=False, **settings)
-        assert torch.equal(found.tokens[:, -steps:], expected)
-    if place == "all":  # the control: what is not steered says something else
-        assert not torch.equal(
-            model.generate(batch, max_new_tokens=steps, do_sample=False).tokens[:, -steps:], expected
-        )
-
-
-@pytest.mark.parametrize("place", PLACES)
-def test_a_model_of_the_user_is_steered_as_the_hooked_one(place: str) -> None:
-    for family in FAMILIES:
-        model = families.hooked(family)
-        v, torch_model = vector(model), model.model
-        batch = families.ragged("left")
-        given = {"attention_mask": batch.mask.long(), "max_new_tokens": 4, "pad_token_id": 2}
-        for settings in (
-            {"do_sample": False},
-            {"num_beams": 3, "do_sample": False},
-            {"do_sample": False, "use_cache": False},
-        ):
-            with v.apply(model, 1.5, positions=PLACES[place]):
-                expected = model.generate(batch, max_new_tokens=4, **settings).tokens
-            before = torch_model.__dict__.get("generate")
-            with v.apply(torch_model, 1.5, positions=PLACES[place]):
-                found = torch_model.generate(batch.tokens, **given, **settings)
-            assert torch.equal(found, expected) and torch_model.__dict__.get("generate") is before
 
 
 def test_blocks_around_a_model_of_the_user_nest() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from backends import backend_model
 from patching_cases import plain
-from steering_cases import FAMILIES, SITE, by_hand, vector
+from steering_cases import FAMILIES, SITE, by_hand, everywhere, vector
 
 import mechattr as ma
 from mechattr.errors import MismatchError, SettingError, UnknownNameError, UnsupportedFeatureError
@@ -87,12 +87,12 @@ def test_a_condition_decides_row_by_row(similarity: str, side: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_decision_is_kept_while_tokens_are_generated(family: str, place: str) -> None:
     model, steps, batch = families.hooked(family), 4, families.ragged("left")
-    v = vector(model)
+    v = everywhere(model)
     gate, opened = between(model, batch, positions="mean")
     factors = [float(one) for one in opened]
-    expected = by_hand(model, batch, v.tensors[SITE].values, place, steps, factors)
+    expected = by_hand(model, batch, v, place, steps, factors)
     given = {"attention_mask": batch.mask.long(), "pad_token_id": 2}
-    for settings in ({}, {"use_cache": False}, {"num_beams": 3}):
+    for settings in ({}, {"num_beams": 3}):
         settings = {"max_new_tokens": steps, "min_new_tokens": steps, "do_sample": False, **settings}
         with v.apply(model, gate=gate, positions=place):
             found = model.generate(batch, **settings).tokens
@@ -111,7 +111,7 @@ def test_what_is_generated_does_not_change_the_decision() -> None:
     with v.apply(model, gate=gate):
         found = model.generate(batch, max_new_tokens=steps, min_new_tokens=steps, do_sample=False).tokens[:, -steps:]
     factors = [float(one) for one in opened]
-    assert torch.equal(found, by_hand(model, batch, v.tensors[SITE].values, "all", steps, factors))
+    assert torch.equal(found, by_hand(model, batch, v, "all", steps, factors))
     again = []
     for row in range(len(batch)):
         tokens = families.alone(batch, row).tokens
