@@ -314,6 +314,16 @@ def test_generations_are_steered_as_runs_are(family: str) -> None:
                         assert int(token) == int(new[row, step])
                         ids = torch.cat([ids, token[None]])
             results.append(net.run(batch).logits[batch.mask])
+        with found.apply(net.model, multiplier=3.0) as bare:  # the transformers model itself
+            raw = bare(batch.tokens, attention_mask=batch.mask.long()).logits[batch.mask].detach()
+        if side == "right":
+            torch.testing.assert_close(raw, results[-1], rtol=1e-4, atol=1e-4)  # float32
+            clean = net.run(batch).logits[batch.mask]
+            assert not torch.allclose(clean, raw, atol=1e-2)  # the control: not steered
+            with found.apply(net, multiplier=3.0, gate=[True, False]):
+                gated = net.run(batch).logits[batch.mask]
+            closed = batch.example[:, None].expand(batch.mask.shape)[batch.mask] == 1
+            assert torch.equal(gated[closed], clean[closed]) and torch.equal(gated[~closed], results[-1][~closed])
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)  # float32, other columns
 
 
