@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from mechattr.errors import SettingError
 from mechattr.labelled import Labelled
-from mechattr.models.base import HookedModel
+from mechattr.models.base import Batch, HookedModel
 from mechattr.provenance import provenance
 from mechattr.steering.controls import random_like
 from mechattr.steering.evaluation import SteeringEvaluation
+from mechattr.steering.gates import Gate, digest_of
 from mechattr.steering.operators import Operation
 from mechattr.steering.preference import Triples
 from mechattr.steering.prompted import Where, check_where
@@ -32,6 +33,7 @@ def evaluate(
     multipliers: Sequence[float] = MULTIPLIERS,
     positions: Where = "all",
     operator: str | Operation = "add",
+    gate: Gate | Callable[[Batch], Any] | None = None,
     neutral: Sequence[str] = (),
     random: int = 3,
     shuffled: SteeringVector | None = None,
@@ -56,7 +58,7 @@ def evaluate(
             the vector was made from. Or a task, whose own metric on its clean prompts then takes the place of the
             propensity.
         multipliers: different numbers.
-        positions, operator, neutral, batch_size, progress: as for `sweep`.
+        positions, operator, gate, neutral, batch_size, progress: as for `sweep`.
         random: how many random vectors of equal length stand beside it, at least 1.
         shuffled: a vector from shuffled labels, of `mechattr.steering.shuffled`, to stand beside it.
         prompting: a text in front of each prompt, without steering, to be compared with; it ends in a space where there
@@ -85,12 +87,12 @@ def evaluate(
         Tan et al. (2024), Analyzing the Generalization and Reliability of Steering Vectors, arXiv 2407.12404.
     """
     numbers = check_multipliers(multipliers)
-    check_where(positions, operator)
+    check_where(positions, operator, gate)
     _check(triples, random, generate, judge, prompting)
     conditions = {"vector": vector, "random": random_like(vector, seed)}
     conditions |= {} if shuffled is None else {"shuffled": shuffled}
     more = [random_like(vector, seed + draw) for draw in range(1, random)]
-    how = (numbers, positions, operator, batch_size, progress)
+    how = (numbers, positions, operator, gate, batch_size, progress)
     measured = items(model, triples)
     scores = Steered(model, [*conditions.values(), *more], *how).scores(measured.rows, measured.measure)
     found, n, forward = measured.values(scores.steered), len(conditions), scores.forward
@@ -113,7 +115,7 @@ def evaluate(
         forward += alone.forward
     said: dict[str, list[list[str]]] = {}
     if generate:
-        writing = Writing(model, numbers, positions, operator, generate, judge, batch_size, progress)
+        writing = Writing(model, numbers, positions, operator, gate, generate, judge, batch_size, progress)
         wrote = writing(list(conditions.values()), measured.prompts)
         for name, values in wrote.measures.items():
             table = values.unflatten(0, (n, len(numbers)))
@@ -131,6 +133,7 @@ def evaluate(
         "multipliers": numbers,
         "positions": positions,
         "operator": operator if isinstance(operator, str) else getattr(operator, "__qualname__", "function"),
+        "gate": digest_of(gate) or None,
         "norms": {name: one.norms() for name, one in conditions.items()},
         "prompting": prompting,
         "texts": said,

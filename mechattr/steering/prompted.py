@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mechattr.errors import SettingError, UnknownNameError, nearest
 from mechattr.models.base import Batch
+from mechattr.steering.gates import Gate
 from mechattr.steering.operators import OPERATORS, Operation
 from mechattr.steering.placing import WORDS
 from mechattr.steering.vector import SteeringVector
@@ -59,11 +60,11 @@ def placed_operator(
     return _Masked(operation, (mask & batch.mask)[..., None])
 
 
-def check_where(positions: Any, operator: Any) -> None:
-    """Whether positions and operator can be used.
+def check_where(positions: Any, operator: Any, gate: Any) -> None:
+    """Whether positions, operator and gate can be used.
 
     Raises:
-        SettingError: no such positions, or a mask, which would be of one batch.
+        SettingError: no such positions, or a mask or a gate of rows, which would be of one batch.
         UnknownNameError: no such operator.
     """
     if isinstance(positions, str) and positions not in WORDS:
@@ -74,5 +75,8 @@ def check_where(positions: Any, operator: Any) -> None:
     if not isinstance(positions, str) and not whole:
         fix = f"give one of {', '.join(map(repr, WORDS))}, or position numbers"
         raise SettingError(f"positions={positions!r:.80}", f"a {type(positions).__name__}", fix)
+    if gate is not None and not isinstance(gate, Gate) and not callable(gate):
+        fix = "give a condition, a rule of conditions, or a function of the batch"
+        raise SettingError("gate", f"a {type(gate).__name__}", fix)
     if not callable(operator) and operator not in OPERATORS:
         raise UnknownNameError(f"operator={operator!r}", "no such operator", nearest(str(operator), OPERATORS))

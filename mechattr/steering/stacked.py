@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from mechattr.errors import NonFiniteError
 from mechattr.models.base import Batch, HookedModel, Run, Start
 from mechattr.models.halving import Halving
 from mechattr.sites import full_name, parse
+from mechattr.steering.gates import Decision, Gate, Given, check_gate, decided
 from mechattr.steering.operators import Operation
 from mechattr.steering.prompted import Where, placed_operator
 from mechattr.steering.vector import SteeringVector
@@ -69,6 +70,7 @@ class Steered:
     multipliers: Sequence[float]
     positions: Where
     operator: str | Operation
+    gate: Given | None
     batch_size: int
     progress: bool | None
     inner: Halving = field(init=False)
@@ -86,22 +88,50 @@ class Steered:
         routes = [(vector, 0) if standing else begun(self.model, vector) for vector in self.vectors]
         n, n_layers = len(rows.batch), self.model.info.n_layers
         share = sum(1 - layer / n_layers for _, layer in routes)
-        asked = self._asked()
+        asked, opened = self._asked(), self._opened(rows)
+        runs = len(asked) * sum(opened)
         hidden = None if self.progress is None else not self.progress
-        with tqdm(total=n * (1 + len(routes) * len(asked)), desc=label, unit="row", disable=hidden) as bar:
-            found = Halving(self.batch_size)(range(n), partial(self._some, rows, routes, asked, bar))
+        with tqdm(total=n + len(routes) * runs, desc=label, unit="row", disable=hidden) as bar:
+            found = Halving(self.batch_size)(range(n), partial(self._some, rows, routes, asked, opened, bar))
         table = torch.stack(found).cpu()
         shape = len(routes), len(self.multipliers)
         steered = table[:, 1:].unflatten(1, shape).permute(1, 2, 0).contiguous()
-        return Scores(table[:, 0].clone(), steered, n * (1 + len(asked) * share))
+        read = n if isinstance(self.gate, Gate) else 0
+        return Scores(table[:, 0].clone(), steered, n + read + runs * share)
 
     def _asked(self) -> list[int]:
         """The multipliers that need runs of their own: at 0 most operators change nothing."""
         same = isinstance(self.operator, str) and self.operator in UNCHANGED
         return [k for k, multiplier in enumerate(self.multipliers) if multiplier or not same]
 
+    def _opened(self, rows: Rows) -> list[bool]:
+        """The rows that are steered: a gate decides from the prompt alone, of a text without one from the text."""
+        if self.gate is None:
+            return [True] * len(rows.batch)
+        for vector in self.vectors:
+            check_gate(self.gate, self.model, vector.sites)
+        lengths = torch.where(rows.starts > 0, rows.starts, rows.batch.lengths)
+        seen = rows.batch.mask & (rows.batch.positions < lengths[:, None])
+        prompts = replace(rows.batch, mask=seen, strings=())
+
+        def decide(part: Sequence[int]) -> list[bool]:
+            some = prompts.rows(part)
+            decision = decided(self.gate, some)  # type: ignore[arg-type]
+            if isinstance(decision, Decision):
+                self.model.run(some, edits=decision.edits())
+            found: list[bool] = (decision() if isinstance(decision, Decision) else decision).tolist()
+            return found
+
+        return Halving(self.batch_size)(range(len(prompts)), decide)
+
     def _some(
-        self, rows: Rows, routes: Sequence[tuple[SteeringVector, int]], asked: list[int], bar: Any, part: Sequence[int]
+        self,
+        rows: Rows,
+        routes: Sequence[tuple[SteeringVector, int]],
+        asked: list[int],
+        opened: list[bool],
+        bar: Any,
+        part: Sequence[int],
     ) -> list[Tensor]:
         """Of some rows, the score without steering, and then those of each vector and multiplier."""
         index = torch.tensor(part, device=rows.batch.device)
@@ -112,11 +142,11 @@ class Steered:
         base = some.score(run.logits, some.batch, some.starts, run.logits, every)
         bar.update(len(part))
         found = base[:, None, None].repeat(1, len(routes), len(self.multipliers))
-        for place, route in enumerate(routes):
-            if asked:
-                jobs = [(k, row) for k in asked for row in range(len(part))]
-                of_jobs = self.inner(jobs, partial(self._stack, some, run, route, self.vectors[place].sites, bar))
-                found[:, place, asked] = torch.stack(of_jobs).unflatten(0, (len(asked), len(part))).T
+        jobs = [(k, row) for k in asked for row in range(len(part)) if opened[part[row]]]
+        for place, route in enumerate(routes if jobs else ()):
+            values = self.inner(jobs, partial(self._stack, some, run, route, self.vectors[place].sites, bar))
+            k, row = torch.tensor(jobs, device=found.device).T
+            found[row, place, k] = torch.stack(values)
         return list(torch.cat([base[:, None], found.flatten(1)], 1))
 
     def _stack(

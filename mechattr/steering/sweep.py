@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from mechattr.errors import SettingError
 from mechattr.labelled import Labelled
-from mechattr.models.base import HookedModel
+from mechattr.models.base import Batch, HookedModel
 from mechattr.provenance import provenance
 from mechattr.sites import parse
 from mechattr.steering.evaluation import SteeringSweep
+from mechattr.steering.gates import Gate, digest_of
 from mechattr.steering.operators import Operation
 from mechattr.steering.preference import Triples
 from mechattr.steering.prompted import Where, check_where
@@ -30,6 +31,7 @@ def sweep(
     multipliers: Sequence[float] = MULTIPLIERS,
     positions: Where = "all",
     operator: str | Operation = "add",
+    gate: Gate | Callable[[Batch], Any] | None = None,
     neutral: Sequence[str] = (),
     batch_size: int = 32,
     progress: bool | None = None,
@@ -54,6 +56,8 @@ def sweep(
         positions: `"all"`, the `"prompt"`, what is `"generated"`, the `"last"` token of the prompt, or position
             numbers, as in a generation: answers count as generated, negative numbers from the end of the prompt.
         operator: as for `SteeringVector.apply`.
+        gate: a condition, or a function of a batch, which decides from the prompt alone whether it is steered; of
+            neutral texts from the text.
         neutral: texts that have nothing to do with the behaviour; they count as prompts, and with
             `positions="generated"` as what is generated.
         batch_size: rows of a forward pass; halved when memory runs out.
@@ -69,12 +73,12 @@ def sweep(
 
     Cost:
         2 forward passes a triple (1 a pair of a task) and 1 a neutral text, and for each layer and multiplier as many
-        through the blocks behind the layer (for the last layer: through the last block).
+        through the blocks behind the layer (for the last layer: through the last block). 1 a row for a gate.
     """
     given = _by_layer(vectors, layers)
     numbers = check_multipliers(multipliers)
-    check_where(positions, operator)
-    steered = Steered(model, list(given.values()), numbers, positions, operator, batch_size, progress)
+    check_where(positions, operator, gate)
+    steered = Steered(model, list(given.values()), numbers, positions, operator, gate, batch_size, progress)
     measured = items(model, triples)
     scores = steered.scores(measured.rows, measured.measure)
     coords: dict[str, Any] = {"layer": tuple(given), "multiplier": names_of(numbers)}
@@ -93,6 +97,7 @@ def sweep(
         "multipliers": numbers,
         "positions": positions,
         "operator": operator if isinstance(operator, str) else getattr(operator, "__qualname__", "function"),
+        "gate": digest_of(gate) or None,
         "norms": {str(layer): vector.norms() for layer, vector in given.items()},
         "passes": {"forward": forward, "backward": 0.0},
     }

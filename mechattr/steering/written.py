@@ -17,6 +17,7 @@ from mechattr.errors import SettingError
 from mechattr.models.base import Batch, HookedModel
 from mechattr.models.halving import Halving
 from mechattr.models.tokenize import pad
+from mechattr.steering.gates import Given
 from mechattr.steering.operators import Operation
 from mechattr.steering.prompted import Where
 from mechattr.steering.side_effects import perplexity
@@ -52,6 +53,7 @@ class Writing:
     multipliers: Sequence[float]
     positions: Where
     operator: str | Operation
+    gate: Given | None
     tokens: int
     judge: Judge | None
     batch_size: int
@@ -97,7 +99,7 @@ class Writing:
         steered: AbstractContextManager[Any] = nullcontext()
         if vector is not None:
             factors = [multiplier for multiplier, _ in jobs]
-            steered = vector.apply(self.model, factors, positions=self.positions, operator=self.operator)
+            steered = vector.apply(self.model, factors, self.positions, self.operator, self.gate)
         with steered:
             found = self.model.generate(several, max_new_tokens=self.tokens, do_sample=False)
         bar.update(len(jobs))

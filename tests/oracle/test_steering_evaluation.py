@@ -239,6 +239,22 @@ def test_written_texts_are_those_of_one_generation_each(model: HookedModel, vect
     assert {"perplexity", "distinct_2", "repetition", "judge", "judge_low"} <= {*found.to_pandas().columns}
 
 
+def test_a_gate_closes_for_texts_and_items_alike(model: HookedModel, vector: SteeringVector) -> None:
+    how: dict[str, Any] = {"multipliers": (0.0, 2.0), "generate": 4, "random": 1, "neutral": NEUTRAL}
+    found = ma.steering.evaluate(model, vector, TRIPLES, gate=lambda batch: batch.lengths > 4, **how)
+    open_for = [len(model.tokenize(prompt).tokens[0]) > 4 for prompt, *_ in TRIPLES]
+    whole = ma.steering.evaluate(model, vector, TRIPLES, **how)
+    for name in ("vector", "random"):
+        base, steered = found.settings["texts"][name]
+        assert steered == [
+            b if opened else a for opened, a, b in zip(open_for, base, whole.settings["texts"][name][1], strict=True)
+        ]
+        moved = whole.tensors["propensity"].sel(condition=name).values[1]
+        gated = found.tensors["propensity"].sel(condition=name).values[1]
+        assert_close(gated, torch.where(torch.tensor(open_for), moved, found.base), **EXACT)
+        assert not torch.allclose(gated, moved)  # control: no gate
+
+
 def test_heads_from_attribution_are_scored_by_the_task_that_found_them() -> None:
     model = ma.load("tiny")
     task = ma.tasks.make(model, "subject_verb", n=8, seed=0)

@@ -14,7 +14,7 @@ import mechattr as ma
 from mechattr.models import Edit, HookedModel
 from mechattr.models.plain import PlainConfig, plain_model
 from mechattr.sites import full_name
-from mechattr.steering import SteeringVector
+from mechattr.steering import Condition, SteeringVector
 from mechattr.steering.scored import items, texts
 from mechattr.steering.stacked import Steered
 
@@ -176,7 +176,7 @@ SITES = {
 @pytest.mark.parametrize("sites", SITES.values(), ids=SITES)
 def test_a_vector_at_any_sites_is_plain_runs(model: HookedModel, sites: list[str]) -> None:
     one, measured = drawn(model, sites), items(model, TRIPLES)
-    scores = Steered(model, [one], MULTIPLIERS, "all", "add", 5, False).scores(measured.rows, "")
+    scores = Steered(model, [one], MULTIPLIERS, "all", "add", None, 5, False).scores(measured.rows, "")
     for k, m in enumerate(MULTIPLIERS):
         wanted = propensities(model, {site: m * table.values for site, table in one.tensors.items()})
         assert_close(measured.values(scores.steered)[0, k], wanted, **EXACT)
@@ -231,7 +231,7 @@ def test_texts_count_as_prompts_or_as_what_is_generated(model: HookedModel, vect
     site, v = full_name("resid_post", 1), vector.directions[1]
     whole = divergences(model, {site: v})
     for where, same in (("prompt", True), ("generated", True), ("last", False)):
-        steered = Steered(model, [vector.only(site)], (1.0,), where, "add", 8, False)
+        steered = Steered(model, [vector.only(site)], (1.0,), where, "add", None, 8, False)
         found = steered.scores(texts(model, NEUTRAL, where), "").steered[0, 0]
         assert torch.allclose(found, whole, rtol=1e-10) == same
 
@@ -243,3 +243,37 @@ def test_it_does_not_matter_what_stands_beside_a_text(model: HookedModel, vector
         assert_close(alone.tensors["propensity"].values[..., 0], whole.values[..., i].flip(1), **EXACT)
     again = ma.steering.sweep(model, vector, TRIPLES, multipliers=MULTIPLIERS, positions="last")
     assert torch.equal(again.tensors["propensity"].values, whole.values)
+
+
+def test_a_gate_decides_from_the_prompt_alone(model: HookedModel, vector: SteeringVector) -> None:
+    site, by = full_name("resid_post", 1), 1.5 * vector.directions[1]
+    read = full_name("resid_post", 0)
+    direction = torch.randn(model.info.d_model, generator=torch.Generator().manual_seed(0)).double()
+
+    def similarity(text: str) -> float:
+        last = model.run(model.tokenize(text), record=read).activations[read].values[0, -1]
+        return float(torch.cosine_similarity(last, direction, 0))
+
+    likes = [similarity(prompt) for prompt, *_ in TRIPLES]
+    middle = sum(sorted(likes)[1:3]) / 2  # opens for two of the four
+    condition = Condition.of(read, direction, middle)
+    how: dict[str, Any] = {"layers": [1], "multipliers": [0.0, 1.5], "neutral": NEUTRAL}
+    found = ma.steering.sweep(model, vector, TRIPLES, gate=condition, **how)
+    steered, base = propensities(model, {site: by}), propensities(model, {})
+    opened = torch.tensor(likes) > middle
+    assert_close(found.tensors["propensity"].values[0, 1], torch.where(opened, steered, base), **EXACT)
+    assert torch.equal(found.tensors["propensity"].values[0, 1][~opened], found.base[~opened])  # to the last bit
+    moved, of_texts = divergences(model, {site: by}), torch.tensor([similarity(text) for text in NEUTRAL]) > middle
+    assert_close(found.tensors["kl"].values[0, 1], torch.where(of_texts, moved, 0.0), **EXACT)
+    rows, runs = 2 * len(TRIPLES) + len(NEUTRAL), 2 * int(opened.sum()) + int(of_texts.sum())
+    assert found.passes.forward == pytest.approx(2 * rows + runs / 3, rel=1e-12)
+    assert found.settings["gate"] == condition.digest
+    whole = [[similarity(prompt + answer) > middle for answer in answers] for prompt, *answers in TRIPLES]
+    assert whole != [[bool(one)] * 2 for one in opened]  # control: prompt and answer, as a run around them has it
+
+    by_length = ma.steering.sweep(model, vector, TRIPLES, gate=lambda batch: batch.lengths > 4, **how)
+    long = torch.tensor([len(model.tokenize(prompt).tokens[0]) > 4 for prompt, *_ in TRIPLES])
+    assert 0 < int(long.sum()) < len(long)
+    assert_close(by_length.tensors["propensity"].values[0, 1], torch.where(long, steered, base), **EXACT)
+    never = ma.steering.sweep(model, vector, TRIPLES, gate=lambda batch: [False] * len(batch), **how)
+    assert all(torch.equal(one, never.base) for one in never.tensors["propensity"].values[0])

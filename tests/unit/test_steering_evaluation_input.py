@@ -22,7 +22,7 @@ from mechattr.models import HookedModel
 from mechattr.models.hf import HookedHF
 from mechattr.models.plain import PlainConfig, plain_model
 from mechattr.sites import full_name
-from mechattr.steering import SteeringVector
+from mechattr.steering import Condition, SteeringVector
 
 TRIPLES = [("a b a", " a", " b a"), ("b a", " a a b", " b")]
 SITES = [full_name("resid_post", layer) for layer in (0, 1)]
@@ -38,6 +38,7 @@ def vector(model: HookedModel) -> SteeringVector:
     return SteeringVector.of(dict.fromkeys(SITES, torch.ones(model.info.d_model)))
 
 
+LATE = Condition.of(full_name("resid_post", 1), torch.ones(16), 0.5)
 WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no multipliers": ({"multipliers": []}, SettingError, "none, or not finite"),
     "NaN": ({"multipliers": [1.0, math.nan]}, SettingError, "none, or not finite"),
@@ -50,6 +51,8 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "half a position": ({"positions": [0.5]}, SettingError, "position numbers"),
     "before the prompt": ({"positions": [-9]}, SettingError, "name positions that every prompt has"),
     "no such operator": ({"operator": "subtract"}, UnknownNameError, "no such operator"),
+    "a gate of rows": ({"gate": [True, False]}, SettingError, "give a condition"),
+    "a gate behind what is steered": ({"gate": LATE}, SettingError, "which comes before it"),
     "an empty text": ({"neutral": ["a", ""]}, SettingError, "neutral text 1"),
     "no text": ({"neutral": [3]}, SettingError, "neutral text 0"),
 }
