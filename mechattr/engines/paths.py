@@ -137,13 +137,14 @@ class _Path:
     def integral(self, rows: Sequence[int], rule: str, steps: int) -> Float[Tensor, "row pos *axes"]:
         """Attributions of some rows."""
         points, weights = (x.tolist() for x in nodes(rule, steps))
+        lengths = self.batch.lengths.tolist()  # rows of like lengths run together, without the columns that none has
         total = torch.zeros_like(self.step[list(rows)])
-        todo = [(j, k) for j in range(len(rows)) for k in range(steps)]
+        todo = [(j, k) for j in sorted(range(len(rows)), key=lambda j: lengths[rows[j]]) for k in range(steps)]
         for begin in range(0, len(todo), self.halving.size):
             part = todo[begin : begin + self.halving.size]
             found = self.halving([(rows[j], points[k]) for j, k in part], self._gradients)
             for (j, k), gradient in zip(part, found, strict=True):
-                total[j] += weights[k] * gradient
+                total[j, : len(gradient)] += weights[k] * gradient
         return total * self.step[list(rows)]
 
     def _ends(self, rows: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
@@ -152,22 +153,23 @@ class _Path:
         return list(zip(run.activations[self.site].values.double(), run.metric.double(), strict=True))
 
     def _values(self, points: Sequence[tuple[int, float]]) -> list[Tensor]:
-        run = self.model.run(self._rows(points), edits=[self._at(points)], metric=self.metric)
+        batch, edit = self._at(points)
+        run = self.model.run(batch, edits=[edit], metric=self.metric)
         assert run.metric is not None
         return list(run.metric.double())
 
     def _gradients(self, points: Sequence[tuple[int, float]]) -> list[Tensor]:
-        edits = [self._at(points)]
-        run = self.model.run(self._rows(points), edits=edits, metric=self.metric, gradients=self.site)
+        batch, edit = self._at(points)
+        run = self.model.run(batch, edits=[edit], metric=self.metric, gradients=self.site)
         return list(run.gradients[self.site].values.double())
 
-    def _rows(self, points: Sequence[tuple[int, float]]) -> Batch:
-        return self.batch.rows([i for i, _ in points])
-
-    def _at(self, points: Sequence[tuple[int, float]]) -> Edit:
+    def _at(self, points: Sequence[tuple[int, float]]) -> tuple[Batch, Edit]:
+        """Rows of the batch, and what puts each where it is on its path."""
         rows = [i for i, _ in points]
+        batch = self.batch.rows(rows).shortened()
+        width = batch.tokens.shape[1]
         shares = self.step.new_tensor([a for _, a in points]).reshape(-1, *([1] * (self.step.ndim - 1)))
-        return Edit(self.site, Set(self.begin[rows] + shares * self.step[rows]))
+        return batch, Edit(self.site, Set(self.begin[rows, :width] + shares * self.step[rows, :width]))
 
     def _baseline(self, given: str | int | Tensor) -> Tensor:
         if not isinstance(given, Tensor):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -162,6 +162,12 @@ class Batch:
         image = None if self.image is None else self.image[index]
         source = None if self.source is None else self.source.rows(index)
         return Batch(self.tokens[index], self.mask[index], self.example[index], strings, images, image, source)
+
+    def shortened(self) -> Batch:
+        """The same rows without the columns behind the last real token of all."""
+        width = int(self.mask.any(0).nonzero()[-1]) + 1
+        image = None if self.image is None else self.image[:, :width]
+        return replace(self, tokens=self.tokens[:, :width], mask=self.mask[:, :width], image=image)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""

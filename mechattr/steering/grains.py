@@ -152,8 +152,8 @@ def _differences(
     def states(triples: Sequence[int]) -> list[list[Tensor]]:
         """For each triple, [variant x side, d] at each site, the whole sequences first."""
         rows = torch.tensor([row for i in triples for row in (i, n + i)], device=batch.device)
-        gone = torch.cat([found[rows] for found in (none, *hits.values())])
-        part = batch.rows(rows.repeat(1 + len(hits)))
+        part = batch.rows(rows.repeat(1 + len(hits))).shortened()
+        gone = torch.cat([found[rows] for found in (none, *hits.values())])[:, : part.tokens.shape[1]]
         part, edits = removal(part, gone)
         cache = model.run(part, record=names, edits=edits).activations
         where = scores.starts[part.example] - 1 if positions == "prompt_last" else positions

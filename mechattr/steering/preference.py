@@ -168,10 +168,11 @@ def answer_log_probabilities(
     logits: Float[Tensor, "row pos d_vocab"], batch: Batch, starts: Int[Tensor, " row"]
 ) -> Float[Tensor, " row"]:
     """The log-probability of each row's tokens from its position `starts` on, in nats, in float32 or wider."""
-    before, after = logits[:, :-1], batch.tokens[:, 1:]
+    wanted = batch.positions[:, 1:] >= starts[:, None]
+    before, after = logits[:, :-1][wanted], batch.tokens[:, 1:][wanted]
     before = before.to(torch.promote_types(before.dtype, torch.float32))
-    log_p = before.gather(2, after[..., None])[..., 0] - before.logsumexp(-1)
-    return log_p.masked_fill(batch.positions[:, 1:] < starts[:, None], 0).sum(1)
+    log_p = before.gather(1, after[:, None])[:, 0] - before.logsumexp(-1)
+    return log_p.new_zeros(wanted.shape).masked_scatter(wanted, log_p).sum(1)
 
 
 def checked(triples: Any) -> list[tuple[str, str, str, list[Any]]]:

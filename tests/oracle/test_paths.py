@@ -109,6 +109,21 @@ def test_rows_padding_and_batches_do_not_matter() -> None:
     assert torch.equal(same.attributions, a.attributions)
 
 
+def test_short_rows_run_without_the_columns_of_long_ones() -> None:
+    model = calm("llama_like")
+    batch, widths = batch_of(model), []
+
+    def counting(logits: torch.Tensor, rows: Batch) -> torch.Tensor:
+        widths.append(logits.shape[1])
+        return final_logit(logits, rows)
+
+    found = path_gradients(model, batch, counting, steps=5, baseline=7, batch_size=5)
+    assert widths[-len(batch) :] == sorted(batch.lengths.tolist())  # five steps of one row each, the shortest first
+    together = path_gradients(model, batch, counting, steps=5, baseline=7, batch_size=100)
+    assert widths[-1] == batch.tokens.shape[1]  # the control: all rows in one pass need all columns
+    torch.testing.assert_close(found.attributions, together.attributions, rtol=0, atol=1e-10)  # float64
+
+
 def test_other_sites_have_paths_too() -> None:
     model = calm("gpt2_like")
     batch = batch_of(model)
