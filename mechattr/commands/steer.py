@@ -1,4 +1,4 @@
-"""The commands of steering: `steer fit` and `steer apply`."""
+"""The commands of steering: `steer fit`, `steer apply` and `steer evaluate`."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from mechattr.commands.options import (
     whole_numbers,
 )
 from mechattr.commands.show import echo_json, records, show, table
+from mechattr.commands.steer_evaluate import evaluate
 from mechattr.commands.vectors import (
     Acts,
     AnyModel,
@@ -53,7 +54,11 @@ BUILDERS = {
     "grains": "triples",
 }
 
-steer = typer.Typer(help="Make steering vectors and generate with them.", no_args_is_help=True, rich_markup_mode=None)
+steer = typer.Typer(
+    help="Make steering vectors, generate with them, and measure what they do.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
 
 
 @steer.command()
@@ -80,6 +85,9 @@ def fit(
         str | None, typer.Option(help="Where texts are read: last, mean, or a position [default: last]")
     ] = None,
     setting: Settings = None,
+    shuffled: Annotated[
+        bool, typer.Option("--shuffled", help="Let the sides of half of them change places: a control for evaluate.")
+    ] = False,
     gguf: Annotated[Path | None, typer.Option(help="Also write a control vector of repeng and llama.cpp.")] = None,
     seed: Annotated[int, typer.Option(help="Of --task, and of what a builder draws.")] = 0,
     device: Device = None,
@@ -113,7 +121,11 @@ def fit(
     data: Sequence[Any] = getattr(found, BUILDERS[builder])
     if not data:
         raise SettingError(f"{builder} from --pairs", "it needs prompts with two answers", "give --triples or --task")
-    vector: SteeringVector = function(loaded, data, seed=seed, **chosen)
+    vector: SteeringVector = (
+        steering.shuffled(function, loaded, data, seed=seed, **chosen)
+        if shuffled
+        else function(loaded, data, seed=seed, **chosen)
+    )
     if gguf is not None:
         steering.to_gguf(vector, gguf, model_hint=loaded.info.family)
     vector.save(out)
@@ -122,7 +134,8 @@ def fit(
         document = {"builder": builder, "settings": dict(vector.settings), "table": records(frame)}
         echo_json(document | {"files": [str(file) for file in files]})
         return
-    about = f"From {len(data)} {BUILDERS[builder]}. Share: norm over the mean length of the activations."
+    of = f"{len(data)} {BUILDERS[builder]}" + ", shuffled" * shuffled
+    about = f"From {of}. Share: norm over the mean length of the activations."
     show([table(f"{builder}: its directions", records(frame))], [about, *(f"Written: {file}" for file in files)])
 
 
@@ -167,6 +180,9 @@ def apply(
         shown = [("base", plain), *((f"{x['multiplier']:g}", x["text"]) for x in moved)]
         tables.append(table(escape(text), [{"multiplier": x, "continuation": repr(y)} for x, y in shown]))
     show(tables, [f"{operator} at {', '.join(given.sites)}, positions {positions}"])
+
+
+steer.command()(evaluate)
 
 
 def _builder(name: str, chosen: dict[str, Any]) -> Any:

@@ -7,7 +7,7 @@ from mechattr.steering.choice_scores import MultipleChoice
 from mechattr.steering.choices import Question, multiple_choice
 from mechattr.steering.condition import condition
 from mechattr.steering.conditions import Condition
-from mechattr.steering.contrasts import BEHAVIOURS, Contrasts, behaviour, read_pairs, read_triples
+from mechattr.steering.contrasts import BEHAVIOURS, Contrasts, behaviour, prompts, read_pairs, read_triples
 from mechattr.steering.controls import random_like, shuffled
 from mechattr.steering.evaluate import evaluate
 from mechattr.steering.evaluation import SteeringEvaluation, SteeringSweep
@@ -66,6 +66,7 @@ __all__ = [
     "pca",
     "perplexity",
     "probe",
+    "prompts",
     "propensity",
     "random_like",
     "read_pairs",

@@ -69,6 +69,18 @@ def behaviour(model: HookedModel, name: str, *, n: int = 24, seed: int = 0, spli
     return Contrasts(pairs=tuple(pairs), triples=tuple(triples))
 
 
+def prompts(model: HookedModel, name: str, *, n: int = 32, seed: int = 0, split: str = "test") -> list[str]:
+    """The different prompts of a task, as texts in which another behaviour has no part.
+
+    Raises:
+        UnknownTaskError: no task has this name.
+        EmptyTaskError: no text fits the tokenizer.
+    """
+    task = make(model, name, n=n, seed=seed, split=split)  # type: ignore[arg-type]
+    rows = (task.clean.tokens[row, task.clean.mask[row]].tolist() for row in range(len(task)))
+    return list(dict.fromkeys(_text(model, row) for row in rows))
+
+
 def read_pairs(path: str | os.PathLike[str]) -> Contrasts:
     """Pairs of a JSONL file: one object a line, with the texts `positive` and `negative`.
 

@@ -1,17 +1,20 @@
-"""`steer fit` and `steer apply` as a user runs them, and the contrasts that they read."""
+"""`steer fit`, `apply` and `evaluate` as a user runs them, and the contrasts that they read."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 
 import mechattr as ma
 from mechattr import cli
 from mechattr.commands import steer as commands
+from mechattr.commands import steer_evaluate
 from mechattr.errors import SettingError, UnknownNameError
 from mechattr.steering import SteeringVector, behaviour, from_gguf, read_pairs, read_triples
 
@@ -34,6 +37,7 @@ def model() -> Any:
 def tiny(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Loads the bundled model once, whatever is asked for."""
     monkeypatch.setattr(commands, "load", lambda *_: model)
+    monkeypatch.setattr(steer_evaluate, "load", lambda *_: model)
 
 
 def lines(path: Path, rows: list[Any]) -> Path:
@@ -197,6 +201,107 @@ def test_apply_refuses_what_cannot_be(fitted: Path, model: Any, tmp_path: Path, 
         assert run("apply", "--prompt", "The cow", *arguments) == 2, arguments
         assert text in capsys.readouterr().err, arguments
     assert run("apply", "--prompt", "The cow", "--vector", tmp_path / "other", "--any-model") == 0
+
+
+def test_fit_makes_a_control_of_shuffled_labels(model: Any, tmp_path: Path, capsys: Output) -> None:
+    out = tmp_path / "control.safetensors"
+    common = ("--task", "subject_verb", "--n", 8, "--layers", 3, "--seed", 2)
+    assert run("fit", *common, "--shuffled", "--out", out) == 0
+    assert "From 8 pairs, shuffled." in capsys.readouterr().out
+    pairs = behaviour(model, "subject_verb", n=8, seed=2).pairs
+    wanted = ma.steering.shuffled(ma.steering.mean_difference, model, pairs, layers=[3], seed=2)
+    assert SteeringVector.load(out).directions[3].equal(wanted.directions[3])
+
+
+@pytest.fixture(scope="module")
+def evaluated(model: Any, fitted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "evaluated"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(steer_evaluate, "load", lambda *_: model)
+        assert run("evaluate", *evaluation(fitted, out)) == 0
+    return out
+
+
+def evaluation(fitted: Path, out: Path) -> tuple[object, ...]:
+    common = ("--vector", fitted, "--out", out, "--task", "subject_verb", "--n", 4, "--neutral", "gendered_pronoun")
+    return (*common, "--multipliers", "-1,0,0.125", "--prompting", "Now ", "--shuffled", fitted, "--by-layer",
+            "--generate", 2)  # fmt: skip
+
+
+def test_evaluate_writes_what_it_says(model: Any, fitted: Path, evaluated: Path, capsys: Output) -> None:
+    assert {path.name for path in evaluated.iterdir()} == {
+        "evaluation.csv", "evaluation.safetensors", "frontier.png", "frontier.svg", "layers.png", "layers.svg",
+        "propensity.png", "propensity.svg", "report.html", "settings.json", "sweep.csv", "sweep.safetensors",
+    }  # fmt: skip
+    found = ma.open(evaluated / "evaluation.safetensors")
+    triples = behaviour(model, "subject_verb", n=4, split="test").triples
+    with SteeringVector.load(fitted).apply(model, -1.0):
+        by_hand = ma.steering.propensity(model, triples)
+    measured = found.tensors["propensity"].sel(condition="vector", multiplier="-1").values
+    torch.testing.assert_close(measured, by_hand, rtol=1e-4, atol=1e-4)  # float32 in other batch shapes
+    page = (evaluated / "report.html").read_text()
+    assert not re.findall(r"(?:src|href)=[\"']?(?!data:)(?:https?:|//|/|\w+\.)", page)  # nothing from outside
+    stated = f"changes the propensity of 8 items by {found.steerability()} nat"
+    assert stated in page and "Intervals over 8 items are rough." in page and page.count("<figure>") == 3
+    assert f"the most is {found.frontier().best[1]:.3g} nat (multiplier 0.125)" in page and triples[0][0] in page
+    frame = pd.read_csv(evaluated / "evaluation.csv")
+    assert len(frame) == 3 * 3 + 1 and frame["effect"][2] == pytest.approx(float(found.effects("vector")[2].mean()))
+    written = (evaluated / "evaluation.safetensors").stat().st_mtime_ns
+    assert run("evaluate", *evaluation(fitted, evaluated), "--json") == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["report"] == str(evaluated / "report.html") and stated in document["summary"]
+    assert len(document["table"]) == 10 and (evaluated / "evaluation.safetensors").stat().st_mtime_ns == written
+
+
+def test_evaluate_shows_its_numbers(fitted: Path, files: dict[str, Path], tmp_path: Path, capsys: Output) -> None:
+    texts = tmp_path / "neutral.txt"
+    texts.write_text("The old house stood by the river.\n\nWe went home.\n")
+    options = (
+        "--vector",
+        fitted,
+        "--triples",
+        files["triples"],
+        "--neutral",
+        texts,
+        "--multipliers",
+        "1",
+        "--random",
+        1,
+    )
+    assert run("evaluate", *options, "--out", tmp_path / "out") == 0
+    shown = capsys.readouterr().out
+    found = ma.open(tmp_path / "out" / "evaluation.safetensors")
+    assert found.tensors["kl"].shape[-1] == 2 and "sweep" not in {path.stem for path in (tmp_path / "out").iterdir()}
+    assert f"{float(found.effects('vector').mean()):.3g} [" in shown and "Report:" in shown
+
+
+def test_evaluate_refuses_what_cannot_be(
+    fitted: Path, evaluated: Path, files: dict[str, Path], tmp_path: Path, capsys: Output
+) -> None:
+    empty, long = tmp_path / "empty.txt", tmp_path / "long.txt"
+    empty.write_text("\n")
+    long.write_text("word " * 400)
+    common = ("--vector", fitted, "--triples", files["triples"], "--multipliers", "0,1")
+    cases: list[tuple[tuple[object, ...], str]] = [
+        ((*common, "--task", "subject_verb"), "give exactly one of --triples and --task"),
+        (("--vector", fitted), "give exactly one of --triples and --task"),
+        ((*common, "--triples", files["pairs"]), "line 1 of pairs.jsonl\n  found: the keys positive, negative"),
+        ((*common, "--neutral", tmp_path / "none.txt"), "no such file"),
+        ((*common, "--neutral", empty), "an empty file"),
+        ((*common, "--neutral", long), "128"),
+        ((*common, "--multipliers", "1,1"), "multipliers"),
+        ((*common, "--multipliers", "a"), "--multipliers a: give numbers, separated by commas"),
+        ((*common, "--positions", "frist"), "positions='frist'"),
+        ((*common, "--operator", "adds"), "operator"),
+        ((*common, "--shuffled", tmp_path / "none.gguf"), "give the path of a .gguf file"),
+        ((*common, "--out", fitted), "it is a file"),
+        ((*common, "--out", evaluated), "the result of other settings"),
+        ((*common, "--out", files["pairs"].parent), "files or folders of something else"),
+    ]
+    for arguments, text in cases:
+        assert run("evaluate", "--out", tmp_path / "new", *arguments) == 2, arguments
+        assert text in capsys.readouterr().err, arguments
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_behaviour_has_its_texts_in_front(model: Any) -> None:
