@@ -58,7 +58,7 @@ def apply(
     """
     operation = _operation(operator)
     hooked = hooked_model(model)
-    _check_fit(vector, hooked)
+    check_fit(vector, hooked)
     moves = []
     for name, table in vector.tensors.items():
         if table.axes[0] == "pos":
@@ -92,7 +92,12 @@ def _operation(given: str | Operation) -> Operation:
     return OPERATORS[given]
 
 
-def _check_fit(vector: SteeringVector, model: HookedModel) -> None:
+def check_fit(vector: SteeringVector, model: HookedModel) -> None:
+    """Whether a model has the sites of a vector, with their widths.
+
+    Raises:
+        MismatchError: it has not.
+    """
     sites = set(model.sites())
     for name, table in vector.tensors.items():
         if name not in sites:

@@ -19,6 +19,7 @@ from mechattr.sites import Node, full_name, parse, site_spec
 if TYPE_CHECKING:
     import pandas as pd
 
+    from mechattr.steering.gates import Given
     from mechattr.steering.operators import Operation
 
 
@@ -75,12 +76,20 @@ class SteeringVector(Artifact):
         multiplier: float | Sequence[float] | Tensor = 1.0,
         positions: str | Sequence[int] | Tensor = "all",
         operator: str | Operation = "add",
-        gate: Any = None,
+        gate: Given | None = None,
     ) -> AbstractContextManager[Any]:
         """Steers every run and generation inside a `with` block; see `mechattr.steering.apply`."""
         from mechattr.steering.apply import apply
 
         return apply(self, model, multiplier, positions, operator, gate)
+
+    def merge_into_bias(
+        self, model: Any, multiplier: float = 1.0, *, positions: Any = "all", operator: Any = "add"
+    ) -> Any:
+        """A copy of a transformers model with this vector in its biases; see `mechattr.steering.merge_into_bias`."""
+        from mechattr.steering.merge import merge_into_bias
+
+        return merge_into_bias(self, model, multiplier, positions=positions, operator=operator)
 
     def only(self, sites: str | Sequence[str | Node]) -> Self:
         """The same vector at some of its sites, by full name, or at some nodes, such as `result.top(10)`: directions of
