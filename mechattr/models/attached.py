@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import wraps
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -23,13 +24,30 @@ from mechattr.sites import site_spec
 # The models that are edited now
 _edited: dict[Any, _Attached] = {}
 _lock = threading.Lock()
+# Models that have proved themselves, as they then were
+_proved: WeakKeyDictionary[Any, tuple[Any, ...]] = WeakKeyDictionary()
 
 
 def hooked_around(torch_model: Any) -> HookedHF:
     """A hooked model around a transformers model. Where edits are attached to it already, it is the one that was made
-    without them: the checks at load would meet what they change."""
+    without them: the checks at load would meet what they change. The same model is checked once, since each check takes
+    as long as several tokens of a generation."""
     known = _edited.get(torch_model)
-    return HookedHF(torch_model) if known is None else known.model
+    if known is not None:
+        return known.model
+    now = _state(torch_model)
+    hooked = HookedHF(torch_model, check=_proved.get(torch_model) != now)
+    _proved[torch_model] = now
+    return hooked
+
+
+def _state(torch_model: Any) -> tuple[Any, ...]:
+    """What the checks at load depend on: the modules with their methods and hooks, attention, dtype and device."""
+    modules = [
+        (id(m), type(m), id(m.__dict__.get("forward")), len(m._forward_hooks), len(m._forward_pre_hooks))
+        for m in torch_model.modules()
+    ]
+    return *modules, torch_model.config._attn_implementation, torch_model.dtype, torch_model.device
 
 
 @contextmanager

@@ -55,6 +55,7 @@ class HookedHF(Running):
         name: what results call the model.
         revision: the revision it was loaded at, if known.
         family: where its sites are; by default its row of the table, or what `discover` finds.
+        check: whether it proves itself, as these modules must have done before if it does not.
 
     Raises:
         UnsupportedModelError: a family without a row that discovery cannot describe, one whose attention does not go
@@ -73,6 +74,7 @@ class HookedHF(Running):
         name: str | None = None,
         revision: str | None = None,
         family: Family | None = None,
+        check: bool = True,
     ) -> None:
         if not hasattr(model, "config"):
             raise UnsupportedModelError(
@@ -105,7 +107,8 @@ class HookedHF(Running):
             raise UnsupportedModelError(
                 f"a hooked {type(model).__name__}", "it has no language-model head", "load the ...ForCausalLM class"
             )
-        selfcheck(self)
+        if check:
+            selfcheck(self)
 
     def __repr__(self) -> str:
         i = self.info
@@ -260,7 +263,6 @@ class HookedHF(Running):
         planned = plan_edits(edited, self._sites, self.info, batch.lengths, batch.prompt.lengths)
         taps = Taps(Frame.whole(batch), planned, self._dictionaries)
         taps.axes = {name: site_spec(name).axes for name in taps.names}
-
         longest = int(batch.lengths.max())
 
         def locate_columns(_module: Any, args: Any, given: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from steering_cases import SITE, vector
 
 import mechattr as ma
 from mechattr.errors import MismatchError, NonFiniteError, SettingError
-from mechattr.models import Batch
+from mechattr.models import Batch, HookedHF
 from mechattr.models.edits import Edit
 from mechattr.models.operators import Add
 from mechattr.sites import full_name
@@ -47,6 +47,30 @@ def test_blocks_around_a_model_of_the_user_nest() -> None:
     twice = model.run(batch, edits=[edits[0], edits[0]]).logits[batch.mask]
     with one.apply(torch_model, 2.0):  # what an earlier block attached is gone
         torch.testing.assert_close(logits(), twice, rtol=0, atol=1e-4)
+
+
+def test_a_model_of_the_user_is_checked_again_only_when_it_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch_model, batch = families.model("llama"), families.ragged("left")
+    vector = SteeringVector.of({"blocks.1.hook_resid_post": torch.randn(torch_model.config.hidden_size)})
+    checks: list[Any] = []
+    monkeypatch.setattr("mechattr.models.hf.selfcheck", checks.append)
+
+    def steered() -> int:
+        with vector.apply(torch_model, 2.0), torch.no_grad():
+            torch_model(batch.tokens)
+        return len(checks)
+
+    assert [steered(), steered()] == [1, 1]
+    torch_model.double()
+    assert [steered(), steered()] == [2, 2]
+    handle = torch_model.model.layers[0].register_forward_hook(lambda *_: None)
+    assert steered() == 3
+    handle.remove()
+    own = torch_model.model.layers[1].mlp.forward
+    torch_model.model.layers[1].mlp.forward = lambda x: own(x)
+    assert steered() == 4
+    HookedHF(torch_model)
+    assert len(checks) == 5  # the control: a model that is loaded is checked each time
 
 
 def test_a_run_is_steered_as_by_an_edit_and_nothing_stays() -> None:
