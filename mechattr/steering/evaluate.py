@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -10,12 +10,12 @@ from mechattr.errors import SettingError
 from mechattr.labelled import Labelled
 from mechattr.models.base import Batch, HookedModel
 from mechattr.provenance import provenance
-from mechattr.steering.controls import random_like
+from mechattr.steering.controls import mean_lengths, random_like, random_of
 from mechattr.steering.evaluation import SteeringEvaluation
 from mechattr.steering.gates import Gate, digest_of
 from mechattr.steering.operators import Operation
 from mechattr.steering.preference import Triples
-from mechattr.steering.prompted import Where, check_where
+from mechattr.steering.prompted import Steering, Where, check_where
 from mechattr.steering.scored import MULTIPLIERS, check_multipliers, items, names_of, texts
 from mechattr.steering.stacked import Steered
 from mechattr.steering.vector import SteeringVector
@@ -27,7 +27,7 @@ BY = ("condition", "multiplier")
 
 def evaluate(
     model: HookedModel,
-    vector: SteeringVector,
+    vector: Steering,
     triples: Triples | Task,
     *,
     multipliers: Sequence[float] = MULTIPLIERS,
@@ -36,7 +36,7 @@ def evaluate(
     gate: Gate | Callable[[Batch], Any] | None = None,
     neutral: Sequence[str] = (),
     random: int = 3,
-    shuffled: SteeringVector | None = None,
+    shuffled: Steering | None = None,
     prompting: str | None = None,
     generate: int = 0,
     judge: Judge | None = None,
@@ -53,13 +53,14 @@ def evaluate(
 
     Args:
         model: a causal language model.
-        vector: directions at sites of this model.
+        vector: directions at sites of this model, or a function of the state, such as `reft` makes.
         triples: (prompt, answer that matches the behaviour, answer that does not): the items; better not those that
             the vector was made from. Or a task, whose own metric on its clean prompts then takes the place of the
             propensity.
         multipliers: different numbers.
         positions, operator, gate, neutral, batch_size, progress: as for `sweep`.
-        random: how many random vectors of equal length stand beside it, at least 1.
+        random: how many random vectors of equal length stand beside it, at least 1. A function of the state has those
+            of the mean length of what it adds to the items.
         shuffled: a vector from shuffled labels, of `mechattr.steering.shuffled`, to stand beside it.
         prompting: a text in front of each prompt, without steering, to be compared with; it ends in a space where there
             is to be one.
@@ -80,8 +81,9 @@ def evaluate(
     Cost:
         2 forward passes a triple (1 a pair of a task) and 1 a neutral text, and for each condition and multiplier as
         many through the blocks from the first one that changes; of random vectors beyond the first, no neutral texts.
-        2 a triple for prompting. For each text that is written a pass for its perplexity, beside its generation, which
-        `settings["passes"]` does not count and `settings["written"]` does, in tokens at most.
+        2 a triple for prompting, and for the lengths of a function of the state. For each text that is written a pass
+        for its perplexity, beside its generation, which `settings["passes"]` does not count and `settings["written"]`
+        does, in tokens at most.
 
     References:
         Tan et al. (2024), Analyzing the Generalization and Reliability of Steering Vectors, arXiv 2407.12404.
@@ -89,13 +91,14 @@ def evaluate(
     numbers = check_multipliers(multipliers)
     check_where(positions, operator, gate)
     _check(triples, random, generate, judge, prompting)
-    conditions = {"vector": vector, "random": random_like(vector, seed)}
-    conditions |= {} if shuffled is None else {"shuffled": shuffled}
-    more = [random_like(vector, seed + draw) for draw in range(1, random)]
     how = (numbers, positions, operator, gate, batch_size, progress)
     measured = items(model, triples)
+    first, *more = _random(model, vector, measured.rows.batch, range(seed, seed + random), batch_size)
+    conditions: dict[str, Steering] = {"vector": vector, "random": first}
+    conditions |= {} if shuffled is None else {"shuffled": shuffled}
     scores = Steered(model, [*conditions.values(), *more], *how).scores(measured.rows, measured.measure)
-    found, n, forward = measured.values(scores.steered), len(conditions), scores.forward
+    found, n = measured.values(scores.steered), len(conditions)
+    forward = scores.forward + (0 if isinstance(vector, SteeringVector) else len(measured.rows.batch))
     coords: dict[str, Any] = {"condition": tuple(conditions), "multiplier": names_of(numbers)}
     draws = found[[1, *range(n, len(found))]]
     tensors = {
@@ -134,7 +137,7 @@ def evaluate(
         "positions": positions,
         "operator": operator if isinstance(operator, str) else getattr(operator, "__qualname__", "function"),
         "gate": digest_of(gate) or None,
-        "norms": {name: one.norms() for name, one in conditions.items()},
+        "norms": {name: one.norms() for name, one in conditions.items() if isinstance(one, SteeringVector)},
         "prompting": prompting,
         "texts": said,
         "written": generate * n_texts,
@@ -143,6 +146,15 @@ def evaluate(
     }
     stamp = provenance({**asdict(model.info), **model.fingerprint()}, seed=seed, tokens=measured.rows.batch.content)
     return SteeringEvaluation(tensors, settings=settings, provenance=stamp)
+
+
+def _random(
+    model: HookedModel, vector: Steering, batch: Batch, seeds: Iterable[int], batch_size: int
+) -> list[SteeringVector]:
+    if isinstance(vector, SteeringVector):
+        return [random_like(vector, seed) for seed in seeds]
+    lengths = mean_lengths(model, vector, batch, batch_size=batch_size)
+    return [random_of(model, lengths, seed) for seed in seeds]
 
 
 def _check(triples: Any, random: Any, generate: Any, judge: Any, prompting: Any) -> None:

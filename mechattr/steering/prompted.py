@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +12,17 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from mechattr.errors import SettingError, UnknownNameError, nearest
-from mechattr.models.base import Batch
-from mechattr.steering.gates import Gate
+from mechattr.models.base import Batch, HookedModel
+from mechattr.steering.gates import Gate, Given
+from mechattr.steering.moving import Moving
 from mechattr.steering.operators import OPERATORS, Operation
-from mechattr.steering.placing import WORDS
+from mechattr.steering.placing import WORDS, Multiplier, Positions
 from mechattr.steering.vector import SteeringVector
 
 Where = str | Sequence[int]
+
+
+Steering = SteeringVector | Moving
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -31,33 +36,68 @@ class _Masked:
         return torch.where(self.mask.to(x.device), self.operation(x, v, factors), x)
 
 
-def placed_operator(
-    operator: str | Operation, positions: Where, batch: Batch, starts: Int[Tensor, " row"], vector: SteeringVector
-) -> str | Operation:
-    """The operator of `apply` that acts at `positions` as a generation does, in which only the prompt is given: an
-    answer counts as generated, and `"last"` and negative positions count from the end of the prompt.
+def applied(
+    steering: Steering,
+    model: HookedModel,
+    factors: Multiplier,
+    positions: Positions,
+    operator: str | Operation,
+    gate: Given | None = None,
+) -> AbstractContextManager[Any]:
+    """A block of `apply`.
+
+    Raises:
+        SettingError: an operator for a function of the state, which says itself what it does; and what `apply` raises.
+    """
+    if isinstance(steering, SteeringVector):
+        return steering.apply(model, factors, positions, operator, gate)
+    if operator != "add":
+        found = f"{steering.kind}, which says itself what is added"
+        raise SettingError(f"operator={operator!r}", found, "leave operator out")
+    return steering.apply(model, factors, positions, gate)
+
+
+def applied_to(
+    steering: Steering,
+    model: HookedModel,
+    factors: Multiplier,
+    positions: Where,
+    operator: str | Operation,
+    batch: Batch,
+    starts: Int[Tensor, " row"],
+) -> AbstractContextManager[Any]:
+    """A block for one batch of prompts with what follows them, that steers at `positions` as a generation does, in
+    which only the prompt is given: an answer counts as generated, `"last"` and negative positions count from the end of
+    the prompt.
 
     Raises:
         SettingError: a position before the first of a prompt, or positions for a vector that has its own.
     """
     if isinstance(positions, str) and positions == "all":
-        return operator
-    own = next((name for name, table in vector.tensors.items() if table.axes[0] == "pos"), None)
+        return applied(steering, model, factors, "all", operator)
+    mask = _columns(positions, batch, starts)
+    if not isinstance(steering, SteeringVector):
+        return applied(steering, model, factors, mask, operator)
+    own = next((name for name, table in steering.tensors.items() if table.axes[0] == "pos"), None)
     if own is not None:
         raise SettingError(f"positions={positions!r}", f"a vector that has its own, at {own}", "leave positions out")
+    operation = OPERATORS[operator] if isinstance(operator, str) else operator
+    # one operation on all rows: a mask of `apply` has an edit for each row
+    return applied(steering, model, factors, "all", _Masked(operation, mask[..., None]))
+
+
+def _columns(positions: Where, batch: Batch, starts: Int[Tensor, " row"]) -> Bool[Tensor, "row column"]:
     at, begins = batch.positions, starts[:, None]
     if isinstance(positions, str):
         words = {"prompt": at < begins, "generated": at >= begins, "last": at == begins - 1}
-        mask = words[positions]
-    else:
-        if min(positions, default=0) < -int(starts.min()):
-            found = f"a prompt of {int(starts.min())} tokens"
-            raise SettingError(f"positions={list(positions)}", found, "name positions that every prompt has")
-        mask = torch.zeros_like(batch.mask)
-        for position in positions:
-            mask |= at == (position if position >= 0 else begins + position)
-    operation = OPERATORS[operator] if isinstance(operator, str) else operator
-    return _Masked(operation, (mask & batch.mask)[..., None])
+        return words[positions] & batch.mask
+    if min(positions, default=0) < -int(starts.min()):
+        found = f"a prompt of {int(starts.min())} tokens"
+        raise SettingError(f"positions={list(positions)}", found, "name positions that every prompt has")
+    mask = torch.zeros_like(batch.mask)
+    for position in positions:
+        mask |= at == (position if position >= 0 else begins + position)
+    return mask & batch.mask
 
 
 def check_where(positions: Any, operator: Any, gate: Any) -> None:

@@ -18,8 +18,7 @@ from mechattr.models.halving import Halving
 from mechattr.sites import full_name, parse
 from mechattr.steering.gates import Decision, Gate, Given, check_gate, decided
 from mechattr.steering.operators import Operation
-from mechattr.steering.prompted import Where, placed_operator
-from mechattr.steering.vector import SteeringVector
+from mechattr.steering.prompted import Steering, Where, applied, applied_to
 
 UNCHANGED = ("add", "norm_preserving", "angular")  # with the multiplier 0 they give x itself
 # (logits of rows, these rows, their starts, the logits of unsteered rows, which of those each row is) -> one a row
@@ -66,7 +65,7 @@ class Steered:
     """
 
     model: HookedModel
-    vectors: Sequence[SteeringVector]
+    vectors: Sequence[Steering]
     multipliers: Sequence[float]
     positions: Where
     operator: str | Operation
@@ -82,8 +81,12 @@ class Steered:
         """Scores rows without steering, and under each vector and multiplier.
 
         Raises:
+            MismatchError: a vector of another model.
             NonFiniteError: a run has NaN or infinity; sites and multipliers are named.
         """
+        for vector in self.vectors:
+            with applied(vector, self.model, 1.0, "all", self.operator):
+                pass  # does it fit? asked before anything runs
         standing = "standing_hash" in self.model.fingerprint()
         routes = [(vector, 0) if standing else begun(self.model, vector) for vector in self.vectors]
         n, n_layers = len(rows.batch), self.model.info.n_layers
@@ -127,7 +130,7 @@ class Steered:
     def _some(
         self,
         rows: Rows,
-        routes: Sequence[tuple[SteeringVector, int]],
+        routes: Sequence[tuple[Steering, int]],
         asked: list[int],
         opened: list[bool],
         bar: Any,
@@ -153,7 +156,7 @@ class Steered:
         self,
         some: Rows,
         run: Run,
-        route: tuple[SteeringVector, int],
+        route: tuple[Steering, int],
         sites: Sequence[str],
         bar: Any,
         jobs: Sequence[tuple[int, int]],
@@ -164,9 +167,8 @@ class Steered:
         factors = torch.tensor([self.multipliers[k] for k, _ in jobs], dtype=torch.double)
         batch, starts = some.batch.rows(of), some.starts[of]
         start = Start(layer, run.activations["resid_pre", layer].values[of]) if layer else None
-        operator = placed_operator(self.operator, self.positions, batch, starts, vector)
         try:
-            with vector.apply(self.model, factors, operator=operator):
+            with applied_to(vector, self.model, factors, self.positions, self.operator, batch, starts):
                 logits = self.model.run(batch, start=start).logits
         except NonFiniteError as error:
             found = f"NaN or infinity, with a multiplier among {', '.join(f'{m:g}' for m in factors.unique().tolist())}"
@@ -176,15 +178,17 @@ class Steered:
         return list(some.score(logits, batch, starts, run.logits, of))
 
 
-def begun(model: HookedModel, vector: SteeringVector) -> tuple[SteeringVector, int]:
-    """A vector of the same effect, and the block from which its runs can begin. The output of a block is the input of
-    the next one, so a direction there is moved to where a run can begin; behind the last block nothing can."""
-    moved = {}
-    for name, table in vector.tensors.items():
-        short, layer = parse(name)
+def begun(model: HookedModel, steering: Steering) -> tuple[Steering, int]:
+    """Steering of the same effect, and the block from which its runs can begin. The output of a block is the input of
+    the next one, so what acts there is moved to where a run can begin; behind the last block nothing can."""
+    names = {}
+    for site in steering.sites:
+        short, layer = parse(site)
         after = full_name("resid_pre", (layer or 0) + 1)
-        shifts = short == "resid_post" and after in model.sites() and after not in vector.tensors
-        moved[after if shifts else name] = table.values
-    whole = model.info.n_encoder_layers or not all(name.startswith("blocks.") for name in moved)
-    again = SteeringVector.of(moved, settings=vector.settings, provenance=vector.provenance)
-    return again, 0 if whole else min(parse(name)[1] or 0 for name in moved)
+        shifts = short == "resid_post" and after in model.sites() and after not in steering.sites
+        names[site] = after if shifts else site
+    parts = ((*name.partition("/"), table) for name, table in steering.tensors.items())  # functions have several a site
+    tensors = {names[site] + slash + part: table for site, slash, part, table in parts}
+    again = type(steering)(tensors, settings=steering.settings, provenance=steering.provenance)
+    whole = model.info.n_encoder_layers or not all(name.startswith("blocks.") for name in names.values())
+    return again, 0 if whole else min(parse(name)[1] or 0 for name in names.values())

@@ -15,7 +15,7 @@ from mechattr.steering.evaluation import SteeringSweep
 from mechattr.steering.gates import Gate, digest_of
 from mechattr.steering.operators import Operation
 from mechattr.steering.preference import Triples
-from mechattr.steering.prompted import Where, check_where
+from mechattr.steering.prompted import Steering, Where, check_where
 from mechattr.steering.scored import MULTIPLIERS, check_multipliers, items, names_of, texts
 from mechattr.steering.stacked import Steered
 from mechattr.steering.vector import SteeringVector
@@ -24,7 +24,7 @@ from mechattr.tasks.task import Task
 
 def sweep(
     model: HookedModel,
-    vectors: SteeringVector | Mapping[int, SteeringVector],
+    vectors: SteeringVector | Mapping[int, Steering],
     triples: Triples | Task,
     *,
     layers: Sequence[int] | None = None,
@@ -47,8 +47,8 @@ def sweep(
 
     Args:
         model: a causal language model.
-        vectors: one vector with directions in several layers, which are taken one layer at a time; or a vector for each
-            layer, by layer.
+        vectors: one vector with directions in several layers, which are taken one layer at a time; or a vector, or
+            a function of the state such as `reft` makes, for each layer, by layer.
         triples: (prompt, answer that matches the behaviour, answer that does not); better not those that the vectors
             were made from. Or a task, whose own metric on its clean prompts then takes the place of the propensity.
         layers: some of them; all by default.
@@ -98,14 +98,14 @@ def sweep(
         "positions": positions,
         "operator": operator if isinstance(operator, str) else getattr(operator, "__qualname__", "function"),
         "gate": digest_of(gate) or None,
-        "norms": {str(layer): vector.norms() for layer, vector in given.items()},
+        "norms": {str(k): one.norms() for k, one in given.items() if isinstance(one, SteeringVector)},
         "passes": {"forward": forward, "backward": 0.0},
     }
     stamp = provenance({**asdict(model.info), **model.fingerprint()}, tokens=measured.rows.batch.content)
     return SteeringSweep(tensors, settings=settings, provenance=stamp)
 
 
-def _by_layer(vectors: Any, layers: Sequence[int] | None) -> dict[int, SteeringVector]:
+def _by_layer(vectors: Any, layers: Sequence[int] | None) -> dict[int, Steering]:
     if isinstance(vectors, SteeringVector):
         sites: dict[int, list[str]] = {}
         for name in vectors.sites:
@@ -114,15 +114,15 @@ def _by_layer(vectors: Any, layers: Sequence[int] | None) -> dict[int, SteeringV
                 found = "a direction that belongs to no layer"
                 raise SettingError(f"a sweep over layers at {name}", found, "use mechattr.steering.evaluate")
             sites.setdefault(layer, []).append(name)
-        found_vectors = {layer: vectors.only(sites[layer]) for layer in sorted(sites)}
-    elif isinstance(vectors, Mapping) and vectors and all(isinstance(v, SteeringVector) for v in vectors.values()):
-        found_vectors = dict(vectors)
+        by_layer: dict[int, Steering] = {layer: vectors.only(sites[layer]) for layer in sorted(sites)}
+    elif isinstance(vectors, Mapping) and vectors and all(isinstance(v, Steering) for v in vectors.values()):
+        by_layer = dict(vectors)
     else:
         fix = "give a vector with directions in several layers, or vectors by layer"
         raise SettingError("vectors of a sweep", f"{type(vectors).__name__}", fix)
     if layers is None:
-        return found_vectors
-    missing = [layer for layer in layers if layer not in found_vectors]
+        return by_layer
+    missing = [layer for layer in layers if layer not in by_layer]
     if missing or not layers:
-        raise SettingError(f"layers={list(layers)}", f"vectors of layers {list(found_vectors)}", "name some of these")
-    return {layer: found_vectors[layer] for layer in layers}
+        raise SettingError(f"layers={list(layers)}", f"vectors of layers {list(by_layer)}", "name some of these")
+    return {layer: by_layer[layer] for layer in layers}

@@ -19,10 +19,9 @@ from mechattr.models.halving import Halving
 from mechattr.models.tokenize import pad
 from mechattr.steering.gates import Given
 from mechattr.steering.operators import Operation
-from mechattr.steering.prompted import Where
+from mechattr.steering.prompted import Steering, Where, applied
 from mechattr.steering.side_effects import perplexity
 from mechattr.steering.text_measures import distinct_n, repetition
-from mechattr.steering.vector import SteeringVector
 
 Judge = Callable[[list[str]], Sequence[float]]
 
@@ -59,7 +58,7 @@ class Writing:
     batch_size: int
     progress: bool | None
 
-    def __call__(self, vectors: Sequence[SteeringVector | None], prompts: Sequence[Sequence[int]]) -> Written:
+    def __call__(self, vectors: Sequence[Steering | None], prompts: Sequence[Sequence[int]]) -> Written:
         """Under each vector at each multiplier; without a vector unsteered, once. Measured are the perplexity under the
         unsteered model, the share of different pairs of tokens, over all prompts, and the share of sequences of four
         tokens that a text has said before.
@@ -92,14 +91,14 @@ class Writing:
         return pad(prompts, None, padding_side="left", device=self.model.weight("embed.W_E").device)
 
     def _continued(
-        self, batch: Batch, vector: SteeringVector | None, bar: Any, jobs: Sequence[tuple[float, int]]
+        self, batch: Batch, vector: Steering | None, bar: Any, jobs: Sequence[tuple[float, int]]
     ) -> list[list[int]]:
         """Of (multiplier, prompt) pairs, the ids behind the prompt."""
         several = batch.rows([row for _, row in jobs])
         steered: AbstractContextManager[Any] = nullcontext()
         if vector is not None:
             factors = [multiplier for multiplier, _ in jobs]
-            steered = vector.apply(self.model, factors, self.positions, self.operator, self.gate)
+            steered = applied(vector, self.model, factors, self.positions, self.operator, self.gate)
         with steered:
             found = self.model.generate(several, max_new_tokens=self.tokens, do_sample=False)
         bar.update(len(jobs))

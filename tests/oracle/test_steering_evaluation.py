@@ -255,6 +255,33 @@ def test_a_gate_closes_for_texts_and_items_alike(model: HookedModel, vector: Ste
         assert not torch.allclose(gated, moved)  # control: no gate
 
 
+def test_a_function_of_the_state_stands_beside_vectors_as_long_as_what_it_adds(model: HookedModel) -> None:
+    pairs = [("a b b", "a b a"), ("b b b", "b b a"), ("a a b", "a a a"), ("b a b", "b a a")]
+    function = ma.steering.g_act(model, pairs, layers=[0], clusters=2)
+    other = ma.steering.shuffled(ma.steering.g_act, model, pairs, layers=[0], clusters=2)
+    found = ma.steering.evaluate(model, function, TRIPLES, multipliers=(0.0, 1.0), shuffled=other, random=2, generate=2)
+    texts = [prompt + answer for prompt, *answers in TRIPLES for answer in answers]
+    added = []
+    for text in texts:
+        x = model.run(model.tokenize(text), record=SITE).activations[SITE].values[0]
+        added += function.added(SITE, x).norm(dim=-1).tolist()
+    for seed in (0, 1):
+        control = ma.steering.controls.random_of(model, {SITE: float(np.mean(added))}, seed)
+        assert control.norms()[SITE] == pytest.approx(np.mean(added), rel=1e-6)  # float32
+        with control.apply(model, 1.0):
+            wanted = ma.steering.propensity(model, TRIPLES)
+        assert_close(found.tensors["random"].values[seed, 1], wanted, rtol=1e-5, atol=1e-5)  # float32 vectors
+    centroids = function.parts(SITE)[0].norm(dim=-1).mean()  # control: each centroid counts once
+    assert float(centroids) != pytest.approx(np.mean(added), rel=1e-3)
+    for name, one in (("vector", function), ("shuffled", other)):
+        with one.apply(model, 1.0):
+            wanted = ma.steering.propensity(model, TRIPLES)
+            text = model.generate(model.tokenize(TRIPLES[0][0]), max_new_tokens=2, do_sample=False).texts[0]
+        assert_close(found.tensors["propensity"].sel(condition=name).values[1], wanted, **EXACT)
+        assert found.settings["texts"][name][1][0] == text
+    assert found.passes.forward == 8 + 8 + 4 * 8 * 1.0 / 2 + 3 * 2 * 4  # base, lengths, half of the blocks, texts
+
+
 def test_heads_from_attribution_are_scored_by_the_task_that_found_them() -> None:
     model = ma.load("tiny")
     task = ma.tasks.make(model, "subject_verb", n=8, seed=0)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import mechattr as ma
+from mechattr.errors import SettingError
 from mechattr.models import Edit, HookedModel
 from mechattr.models.plain import PlainConfig, plain_model
 from mechattr.sites import full_name
@@ -277,3 +278,20 @@ def test_a_gate_decides_from_the_prompt_alone(model: HookedModel, vector: Steeri
     assert_close(by_length.tensors["propensity"].values[0, 1], torch.where(long, steered, base), **EXACT)
     never = ma.steering.sweep(model, vector, TRIPLES, gate=lambda batch: [False] * len(batch), **how)
     assert all(torch.equal(one, never.base) for one in never.tensors["propensity"].values[0])
+
+
+def test_a_function_of_the_state_is_swept_like_a_vector(model: HookedModel) -> None:
+    pairs = [("a b b", "a b a"), ("b b b", "b b a"), ("a a b", "a a a"), ("b a b", "b a a")]
+    given = {layer: ma.steering.g_act(model, pairs, layers=[layer], clusters=2) for layer in (0, 2)}
+    for where in ("all", "last"):
+        found = ma.steering.sweep(model, given, TRIPLES, multipliers=(0.0, 1.5), positions=where).tensors["propensity"]
+        for layer, function in given.items():
+            for i, (prompt, *answers) in enumerate(TRIPLES):
+                last = [len(model.tokenize(prompt).tokens[0]) - 1]
+                for m in (0.0, 1.5):
+                    with function.apply(model, m, positions=last if where == "last" else "all"):
+                        a, b = (log_p(model, prompt, answer, {}, "all") for answer in answers)
+                    assert_close(float(found.sel(layer=layer, multiplier=f"{m:g}").values[i]), a - b, **EXACT)
+    assert not torch.allclose(found.values[0], found.values[1])  # control: another layer
+    with pytest.raises(SettingError, match="leave operator out"):
+        ma.steering.sweep(model, given, TRIPLES, operator="ablate")
