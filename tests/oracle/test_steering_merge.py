@@ -38,7 +38,9 @@ def logits(torch_model: Any, batch: Any) -> torch.Tensor:
         return torch_model(batch.tokens, **given).logits[batch.mask]
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])  # biases, none, and parallel blocks
+@pytest.mark.parametrize(
+    "family", ["gpt2", "llama", "mistral", "gpt_neox"]
+)  # the third has no biases, the last is parallel
 def test_a_merged_copy_is_the_steered_model(family: str) -> None:
     with families.widened():  # transformers' norms compute in float32
         model = HookedHF(families.model(family, torch.float64), name=family)
