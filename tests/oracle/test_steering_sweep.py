@@ -12,10 +12,11 @@ from torch.testing import assert_close
 
 import mechattr as ma
 from mechattr.errors import SettingError
-from mechattr.models import Edit, HookedModel
+from mechattr.models import Batch, Edit, HookedModel
 from mechattr.models.plain import PlainConfig, plain_model
 from mechattr.sites import full_name
 from mechattr.steering import Condition, SteeringVector
+from mechattr.steering.prompted import applied_to
 from mechattr.steering.scored import items, texts
 from mechattr.steering.stacked import Steered
 
@@ -295,3 +296,20 @@ def test_a_function_of_the_state_is_swept_like_a_vector(model: HookedModel) -> N
     assert not torch.allclose(found.values[0], found.values[1])  # control: another layer
     with pytest.raises(SettingError, match="leave operator out"):
         ma.steering.sweep(model, given, TRIPLES, operator="ablate")
+
+
+@pytest.mark.parametrize("where", WHERE, ids=str)
+def test_texts_are_steered_as_while_they_are_written(model: HookedModel, vector: SteeringVector, where: Any) -> None:
+    """Greedy tokens are the likeliest ones when what was written is read again."""
+    one, differs = vector.only(full_name("resid_post", 0)), False
+    for prompt, *_ in TRIPLES:
+        batch = model.tokenize(prompt)
+        with one.apply(model, 3.0, positions=where):
+            tokens = model.generate(batch, max_new_tokens=5, do_sample=False).tokens
+        start, whole = batch.lengths, Batch.of(tokens)
+        with applied_to(one, model, torch.tensor([3.0]), where, "add", whole, start):
+            again = model.run(whole).logits.argmax(-1)
+        assert torch.equal(again[0, start - 1 : -1], tokens[0, start:])
+        with one.apply(model, 3.0, positions=where):
+            differs |= not torch.equal(model.run(whole).logits.argmax(-1)[0, start - 1 : -1], tokens[0, start:])
+    assert differs == (where != "all")  # control: as `apply` has positions, the answer is of the prompt
