@@ -54,7 +54,8 @@ def sweep(
         layers: some of them; all by default.
         multipliers: different numbers.
         positions: `"all"`, the `"prompt"`, what is `"generated"`, the `"last"` token of the prompt, or position
-            numbers, as in a generation: answers count as generated, negative numbers from the end of the prompt.
+            numbers, as in a generation: answers count as generated, negative numbers from the end of the prompt. A
+            vector with directions of single positions acts at the first ones of prompt and answer.
         operator: as for `SteeringVector.apply`.
         gate: a condition, or a function of a batch, which decides from the prompt alone whether it is steered; of
             neutral texts from the text.

@@ -282,6 +282,19 @@ def test_a_function_of_the_state_stands_beside_vectors_as_long_as_what_it_adds(m
     assert found.passes.forward == 8 + 8 + 4 * 8 * 1.0 / 2 + 3 * 2 * 4  # base, lengths, half of the blocks, texts
 
 
+def test_directions_of_single_positions_act_where_they_stand(model: HookedModel) -> None:
+    values = torch.randn(2, model.info.d_model, generator=torch.Generator().manual_seed(8)).double()
+    one = SteeringVector.of({SITE: values})
+    found = ma.steering.evaluate(model, one, TRIPLES, multipliers=(0.0, 1.0), random=1)
+    for name, used in (("vector", one), ("random", ma.steering.random_like(one, 0))):
+        with used.apply(model, 1.0):
+            wanted = ma.steering.propensity(model, TRIPLES)
+        assert_close(found.tensors["propensity"].sel(condition=name).values[1], wanted, **EXACT)
+    first = ma.steering.evaluate(model, SteeringVector.of({SITE: values[0]}), TRIPLES, multipliers=(0.0, 1.0), random=1)
+    # control: the first direction at every position
+    assert not torch.allclose(first.tensors["propensity"].values[0], found.tensors["propensity"].values[0])
+
+
 def test_heads_from_attribution_are_scored_by_the_task_that_found_them() -> None:
     model = ma.load("tiny")
     task = ma.tasks.make(model, "subject_verb", n=8, seed=0)
