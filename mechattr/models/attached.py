@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import wraps
@@ -13,13 +14,14 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from mechattr.errors import UnsupportedFeatureError
 from mechattr.models.batch import Batch
 from mechattr.models.edits import Edit, Frame
 from mechattr.models.hf import HookedHF
 from mechattr.models.hooks import Hooks
 from mechattr.models.standing import ATTACHED, StandingEdits
 from mechattr.models.taps import Taps, plan_edits
-from mechattr.sites import site_spec
+from mechattr.sites import reads_source, site_spec
 
 # The models that are edited now
 _edited: dict[Any, _Attached] = {}
@@ -64,7 +66,14 @@ def attached(model: HookedHF, added: StandingEdits) -> Iterator[None]:
     Args:
         model: the hooked model around it.
         added: the edits.
+
+    Raises:
+        UnsupportedFeatureError: a site of the source in an encoder-decoder model.
     """
+    outside = [site for site in added.sites if reads_source(site_spec(site).axes)]
+    if outside:
+        found = "transformers runs the encoder outside of the forward pass while it generates"
+        raise UnsupportedFeatureError(f"an edit of {outside[0]}", found, "edit the hooked model, from mechattr.load")
     with _lock:
         here = _edited.setdefault(model.model, _Attached(model))
         here.users += 1
@@ -133,6 +142,7 @@ class _Attached:
             named = (kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))
             given = next((x for x in (*args[:1], *named) if x is not None), ())
             with self.turn:
+                self._read(given)
                 self.talk.inside, self.talk.prompt, self.talk.rows = True, None, len(given)
                 try:
                     return generate(*args, **kwargs)
@@ -143,25 +153,35 @@ class _Attached:
 
     def _calling(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         """`forward`, with the positions and the edits of this call."""
+        names = tuple(inspect.signature(forward).parameters)
 
         @wraps(forward)
         def within(*args: Any, **kwargs: Any) -> Any:
             with self.turn:
-                self._locate(args, kwargs)
+                given = {**dict(zip(names, args, strict=False)), **kwargs}
+                self._read(given.get("input_ids"))
+                self._locate(given)
                 return forward(*args, **kwargs)
 
         return within
 
-    def _locate(self, args: Sequence[Any], given: dict[str, Any]) -> None:
+    def _read(self, ids: Any) -> None:
+        """Tells the taps the shape of what an encoder reads, whose columns keep the positions that the model gives
+        them. `generate` runs the encoder outside of its calls."""
+        if self.model.info.n_encoder_layers and isinstance(ids, Tensor):
+            own = torch.full_like(ids, -1)
+            self.taps.frame = replace(self.taps.frame, source=(own[:, 0], own))
+
+    def _locate(self, given: Mapping[str, Any]) -> None:
         """Tells the taps which positions the columns of a call are, and what is done there."""
-        talk = self.talk
-        ids: Tensor | None = args[0] if args else given.get("input_ids")
-        embeds = given.get("inputs_embeds")
-        shape = tuple(ids.shape) if ids is not None else tuple(embeds.shape[:2]) if embeds is not None else (1, 1)
+        talk, side = self.talk, "decoder_" if self.model.info.n_encoder_layers else ""
+        ids: Tensor | None = given.get(f"{side}input_ids")
+        columns = (ids, given.get(f"{side}inputs_embeds"), given.get("labels"))
+        shape = next((tuple(x.shape[:2]) for x in columns if x is not None), (1, 1))
         past = given.get("past_key_values")
         seen = 0 if past is None else int(past.get_seq_length())
         if talk.prompt is None or (not seen and not talk.inside):
-            talk.prompt, talk.planned = self._prompt(ids, given.get("attention_mask"), shape, seen), {}
+            talk.prompt, talk.planned = self._prompt(ids, given.get(f"{side}attention_mask"), shape, seen), {}
         prompt = talk.prompt
         for block in self.blocks:
             if block not in talk.planned:

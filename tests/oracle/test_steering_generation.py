@@ -10,7 +10,9 @@ import pytest
 import torch
 from steering_cases import FAMILIES, PLACES, by_hand, everywhere, mask_of
 
+from mechattr.errors import UnsupportedFeatureError
 from mechattr.models import Batch
+from mechattr.steering import SteeringVector
 
 STEPS, FACTORS = 3, [1.0, -0.5, 2.0]
 BASE: dict[str, Any] = {"max_new_tokens": STEPS, "min_new_tokens": STEPS, "do_sample": False}
@@ -49,3 +51,29 @@ def test_places_are_told_apart() -> None:
         with v.apply(model, FACTORS, positions=positions):
             said.append(model.generate(batch, **{**BASE, "max_new_tokens": 6, "min_new_tokens": 6}).tokens)
     assert not any(torch.equal(said[i], said[j]) for i in range(len(said)) for j in range(i))
+
+
+@pytest.mark.parametrize("family", families.SOURCED)
+def test_an_encoder_decoder_of_the_user_is_steered_as_the_hooked_one(family: str) -> None:
+    model = families.hooked(family)
+    start = torch.full((3, 1), model.model.config.decoder_start_token_id)
+    batch = families.with_source(Batch.of(start))
+    v, read, mask = everywhere(model), batch.source.tokens, batch.source.mask.long()
+    for place in ("all", [1], "generated"):
+        for settings in ({"num_beams": 1}, {"num_beams": 3}):
+            how: dict[str, Any] = {"multiplier": FACTORS, "positions": place, "gate": [True, False, True]}
+            with v.apply(model, **how):
+                expected = model.generate(batch, **BASE, **settings).tokens
+            with v.apply(model.model, **how):
+                found = model.model.generate(read, attention_mask=mask, **BASE, **settings)
+            assert torch.equal(found, expected)
+            assert not torch.equal(model.generate(batch, **BASE, **settings).tokens, expected)  # control
+    with torch.no_grad():
+        padded = read.flip(1), mask.flip(1), start  # columns are counted as the model counts them
+        clean = model.model(*padded).logits
+        with v.apply(model.model, 0.0):
+            assert torch.equal(model.model(*padded).logits, clean)
+    text = "an edit of encoder.0.hook_resid_post\n  found: transformers runs the encoder outside of the forward pass"
+    outside = SteeringVector.of({"encoder.0.hook_resid_post": torch.ones(model.info.d_model)})
+    with pytest.raises(UnsupportedFeatureError, match=text), outside.apply(model.model):
+        pass
