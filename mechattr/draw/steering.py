@@ -80,6 +80,7 @@ def propensity_curve(
             ax.fill_between(x, low, high, color=look["color"], alpha=0.16, linewidth=0, zorder=2)
             ax.plot(x, mean, zorder=4 if name == VECTOR else 3, gid=name, label=_NAMES.get(name, name), **look)
         ax.set(xlabel="multiplier", ylabel=label)
+        ax.locator_params(axis="x", nbins=6)
         _legend(ax)
         title(ax, *[note] * bool(note))
     return ax

@@ -92,13 +92,14 @@ def map_size(n_layers: int, n_multipliers: int, *, n_maps: int) -> tuple[float, 
 
 def _border(ax: Axes, cells: np.ndarray) -> None:
     """A line between cells of which one is marked and the other is not, with a white edge to be seen on dark ground."""
-    from matplotlib.patheffects import Normal, Stroke
+    from matplotlib.collections import LineCollection
 
-    sides = [((j + 0.5, j + 0.5), (i - 0.5, i + 0.5)) for i, j in np.argwhere(cells[:, 1:] != cells[:, :-1])]
-    sides += [((j - 0.5, j + 0.5), (i + 0.5, i + 0.5)) for i, j in np.argwhere(cells[1:] != cells[:-1])]
-    for x, y in sides:
-        look = [Stroke(linewidth=3.4, foreground="white"), Normal()]
-        ax.plot(x, y, color=INK, linewidth=1.6, path_effects=look, solid_capstyle="round", gid="budget")
+    sides = [[(j + 0.5, i - 0.5), (j + 0.5, i + 0.5)] for i, j in np.argwhere(cells[:, 1:] != cells[:, :-1])]
+    sides += [[(j - 0.5, i + 0.5), (j + 0.5, i + 0.5)] for i, j in np.argwhere(cells[1:] != cells[:-1])]
+    for width, colour, gid in ((3.4, "white", "edge"), (1.6, INK, "budget")):
+        ax.add_collection(
+            LineCollection(sides, linewidths=width, colors=colour, capstyle="round", gid=gid), autolim=False
+        )
 
 
 def _short(value: float) -> str:

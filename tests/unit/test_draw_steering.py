@@ -83,8 +83,14 @@ def test_the_map_is_white_at_no_effect_and_shows_the_price() -> None:
     assert [text.get_text() for text in left.get_xticklabels()] == ["−1", "0", "1"]
     values = [text.get_text() for text in right.texts if text.get_gid() == "value"]
     assert values == ["0.60", "0", "0.70", "0.10", "0", "0.00"]
-    border = {tuple(np.concatenate(one.get_data()).tolist()) for one in left.get_lines() if one.get_gid() == "budget"}
-    assert border == {(0.5, 0.5, -0.5, 0.5), (1.5, 1.5, -0.5, 0.5), (-0.5, 0.5, 0.5, 0.5), (1.5, 2.5, 0.5, 0.5)}
+    (lines,) = (part for part in left.collections if part.get_gid() == "budget")
+    border = {tuple(map(tuple, side.tolist())) for side in lines.get_segments()}
+    assert border == {
+        ((0.5, -0.5), (0.5, 0.5)),
+        ((1.5, -0.5), (1.5, 0.5)),
+        ((-0.5, 0.5), (0.5, 0.5)),
+        ((1.5, 0.5), (2.5, 0.5)),
+    }
     (alone,) = ma.draw.steering_map(effect, side, layers=[2, 5], multipliers=["-1", "0", "1"], axes=[axes()])
     assert alone.get_images()[0].get_array().tolist() == effect.tolist()
 
