@@ -131,7 +131,9 @@ def choose(
     return name, int(label[0]), label[1]
 
 
-def measure(model: HookedModel, recipe: Recipe, layer: int, most: float, fresh: Cases, chosen: argparse.Namespace) -> None:
+def measure(
+    model: HookedModel, recipe: Recipe, layer: int, most: float, fresh: Cases, chosen: argparse.Namespace
+) -> None:
     """What one vector does to prompts that it was neither made nor chosen on, beside its controls."""
     vector = recipe(model, [layer])[layer]
     vector.save(chosen.out / "vector.safetensors")

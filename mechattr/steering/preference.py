@@ -13,6 +13,7 @@ from torch import Tensor
 from mechattr.engines.paths import path_gradients
 from mechattr.errors import SettingError, UnknownNameError, UnsupportedFeatureError, nearest
 from mechattr.models.base import Batch, HookedModel
+from mechattr.steering.answers import check_causal
 
 Triples = Sequence[tuple[Any, ...]]  # (prompt, preferred answer, dispreferred answer), and an image or a list of them
 TARGETS = ("sequence", "last_token", "repo")
@@ -120,9 +121,7 @@ def sequences(model: HookedModel, triples: Any) -> tuple[Batch, Int[Tensor, " ro
             tokens, or what `HookedHF.tokenize` refuses of images.
         UnsupportedFeatureError: a model that does not predict next tokens, or images for one that reads none.
     """
-    if model.info.encoder or model.info.n_encoder_layers:
-        found = f"{model.info.name!r} has an encoder"
-        raise UnsupportedFeatureError("log-probabilities of answers", found, "use a causal language model")
+    check_causal(model, "log-probabilities of answers")
     given = checked(triples)
     images = [shown for *_, shown in given]
     texts = [*(prompt + liked for prompt, liked, *_ in given), *(prompt + other for prompt, _, other, _ in given)]
