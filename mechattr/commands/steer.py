@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,6 +27,7 @@ from mechattr.commands.steer_evaluate import evaluate
 from mechattr.commands.vectors import (
     Acts,
     AnyModel,
+    Gate,
     Number,
     Operator,
     Split,
@@ -33,14 +35,15 @@ from mechattr.commands.vectors import (
     Triples,
     Vector,
     contrasts,
-    vector_for,
+    gate_for,
+    steering_for,
     where,
 )
 from mechattr.errors import OutputExistsError, SettingError, UnknownNameError, nearest
 
 if TYPE_CHECKING:
+    from mechattr.base import Artifact
     from mechattr.sites import Node
-    from mechattr.steering import SteeringVector
 
 # what each builder is made from
 BUILDERS = {
@@ -51,7 +54,11 @@ BUILDERS = {
     "iti": "pairs",
     "act_add": "pairs",
     "refusal": "pairs",
+    "g_act": "pairs",
+    "condition": "pairs",
     "grains": "triples",
+    "learned": "triples",
+    "reft": "triples",
 }
 
 steer = typer.Typer(
@@ -104,11 +111,7 @@ def fit(
         raise typer.BadParameter("give one of --layers, --sites and --nodes")
     chosen = settings(setting or []) | {
         "layers": None if layers is None else whole_numbers("--layers", layers),
-        "sites": _nodes(nodes, top)
-        if nodes
-        else None
-        if sites is None
-        else [site.strip() for site in sites.split(",")],
+        "sites": _sites(sites, nodes, top),
         "positions": None if positions is None else _position(positions),
     }
     chosen = {name: value for name, value in chosen.items() if value is not None}
@@ -121,22 +124,22 @@ def fit(
     data: Sequence[Any] = getattr(found, BUILDERS[builder])
     if not data:
         raise SettingError(f"{builder} from --pairs", "it needs prompts with two answers", "give --triples or --task")
-    vector: SteeringVector = (
-        steering.shuffled(function, loaded, data, seed=seed, **chosen)
-        if shuffled
-        else function(loaded, data, seed=seed, **chosen)
-    )
+    if shuffled:
+        function = partial(steering.shuffled, function)
+    made = function(loaded, data, seed=seed, **chosen)
     if gguf is not None:
-        steering.to_gguf(vector, gguf, model_hint=loaded.info.family)
-    vector.save(out)
-    frame = vector.to_pandas()
+        if not isinstance(made, steering.SteeringVector):
+            raise SettingError("--gguf", f"a {made.kind}", "control vectors are plain directions: leave it out")
+        steering.to_gguf(made, gguf, model_hint=loaded.info.family)
+    made.save(out)
+    rows = _rows(made)
     if as_json:
-        document = {"builder": builder, "settings": dict(vector.settings), "table": records(frame)}
+        document = {"builder": builder, "settings": dict(made.settings), "table": rows}
         echo_json(document | {"files": [str(file) for file in files]})
         return
-    of = f"{len(data)} {BUILDERS[builder]}" + ", shuffled" * shuffled
-    about = f"From {of}. Share: norm over the mean length of the activations."
-    show([table(f"{builder}: its directions", records(frame))], [about, *(f"Written: {file}" for file in files)])
+    lines = [f"From {len(data)} {BUILDERS[builder]}" + ", shuffled" * shuffled + "."]
+    lines += ["Share: norm over the mean length of the activations."] * isinstance(made, steering.SteeringVector)
+    show([table(builder, rows)], [*lines, *(f"Written: {file}" for file in files)])
 
 
 @steer.command()
@@ -147,6 +150,7 @@ def apply(
     multiplier: Annotated[str, typer.Option(help="Numbers, separated by commas, such as -2,0,2.")] = "1",
     positions: Acts = "all",
     operator: Operator = "add",
+    gate: Gate = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a continuation.")] = 20,
     chat: Annotated[bool, typer.Option("--chat", help="Prompts are messages to a chat model.")] = False,
     any_model: AnyModel = False,
@@ -155,9 +159,12 @@ def apply(
     as_json: AsJson = False,
 ) -> None:
     """Continue prompts greedily, as the model is and as it is when steered."""
+    from mechattr.steering.prompted import applied
+
     factors = numbers("--multiplier", multiplier)
     loaded = load(model, device, dtype)
-    given = vector_for(loaded, vector, any_model=any_model)
+    given = steering_for(loaded, vector, any_model=any_model)
+    opens = gate_for(loaded, gate, any_model=any_model)
     common: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False}
 
     def continued(texts: Sequence[str]) -> tuple[str, ...]:
@@ -165,7 +172,7 @@ def apply(
         return loaded.generate(batch, **common).texts
 
     base = continued(prompt)
-    with given.apply(loaded, factors * len(prompt), positions=where(positions), operator=operator):
+    with applied(given, loaded, factors * len(prompt), where(positions), operator, opens):
         steered = continued([text for text in prompt for _ in factors])
     rows = [
         [{"multiplier": x, "text": steered[i * len(factors) + j]} for j, x in enumerate(factors)]
@@ -202,10 +209,25 @@ def _builder(name: str, chosen: dict[str, Any]) -> Any:
     return function
 
 
-def _nodes(path: Path, top: int) -> list[Node]:
+def _sites(named: str | None, attribution: Path | None, top: int) -> Sequence[str | Node] | None:
+    """Sites by name, or the strongest nodes of an attribution."""
     from mechattr.artifact import Attribution
 
-    return Attribution.load(path).top(top)
+    if attribution is not None:
+        return Attribution.load(attribution).top(top)
+    return None if named is None else [site.strip() for site in named.split(",")]
+
+
+def _rows(made: Artifact) -> list[dict[str, Any]]:
+    """What was made, as a table."""
+    from mechattr.steering import Condition, SteeringVector
+
+    if isinstance(made, SteeringVector):
+        return records(made.to_pandas())
+    if isinstance(made, Condition):
+        names = ("comparator", "threshold", "f1", "held_out_f1")
+        return [{"site": made.site} | {name: made.settings[name] for name in names}]
+    return [{"tensor": name, "shape": " × ".join(map(str, x.shape))} for name, x in made.tensors.items()]
 
 
 def _position(given: str) -> str | int:

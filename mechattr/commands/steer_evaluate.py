@@ -12,6 +12,7 @@ from mechattr.commands.show import echo_json, records, show, table
 from mechattr.commands.vectors import (
     Acts,
     AnyModel,
+    Gate,
     Number,
     Operator,
     Split,
@@ -19,7 +20,8 @@ from mechattr.commands.vectors import (
     Triples,
     Vector,
     contrasts,
-    vector_for,
+    gate_for,
+    steering_for,
     where,
 )
 
@@ -42,6 +44,7 @@ def evaluate(
     multipliers: Annotated[str, typer.Option(help="Numbers, separated by commas.")] = "-2,-1,-0.5,0,0.5,1,2",
     positions: Acts = "all",
     operator: Operator = "add",
+    gate: Gate = None,
     random: Annotated[int, typer.Option(min=1, help="Random vectors of equal length beside it.")] = 3,
     shuffled: Annotated[
         Path | None, typer.Option(help="A vector of shuffled labels, of fit --shuffled, to stand beside it.")
@@ -68,15 +71,16 @@ def evaluate(
     loaded = load(model, device, dtype)
     result = report.steer(
         loaded,
-        vector_for(loaded, vector, any_model=any_model),
+        steering_for(loaded, vector, any_model=any_model),
         contrasts(loaded, None, triples, task, n=n, seed=seed, split=split).triples,
         out=out,
         multipliers=factors,
         positions=where(positions),
         operator=operator,
+        gate=gate_for(loaded, gate, any_model=any_model),
         neutral=() if neutral is None else _texts(loaded, neutral, seed),
         random=random,
-        shuffled=None if shuffled is None else vector_for(loaded, shuffled, any_model=any_model),
+        shuffled=None if shuffled is None else steering_for(loaded, shuffled, any_model=any_model),
         prompting=prompting,
         generate=generate,
         by_layer=by_layer,

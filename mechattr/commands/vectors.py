@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from mechattr.errors import ArtifactError
+
 if TYPE_CHECKING:
     from mechattr.models.base import HookedModel
-    from mechattr.steering import SteeringVector
+    from mechattr.steering import Condition
     from mechattr.steering.contrasts import Contrasts
+    from mechattr.steering.prompted import Steering
 
 Triples = Annotated[
     Path | None, typer.Option(help="JSONL with prompt, preferred, dispreferred: a text and two answers to it.")
@@ -25,6 +28,10 @@ Acts = Annotated[
     str, typer.Option(help="Where it acts: all, prompt, generated, last, or numbers of positions such as 0,1,-1.")
 ]
 Operator = Annotated[str, typer.Option(help="add, norm_preserving, ablate, ablate_then_add, clamp, angular or scale.")]
+Gate = Annotated[
+    Path | None,
+    typer.Option(help="A condition, of fit --builder condition: steer only prompts that it opens for."),
+]
 AnyModel = Annotated[
     bool, typer.Option("--any-model", help="Also take a vector that was made with other weights, where its sites fit.")
 ]
@@ -41,21 +48,36 @@ def contrasts(
     return behaviour(model, str(task), n=n, seed=seed, split=split) if triples is None else read_triples(triples)
 
 
-def vector_for(model: HookedModel, path: Path, *, any_model: bool) -> SteeringVector:
-    """The vector of a file, which must be of this model where it says of which it is.
+def steering_for(model: HookedModel, path: Path, *, any_model: bool) -> Steering:
+    """What a file steers with, which must be of this model where it says of which it is.
 
     Raises:
         ArtifactError: no such file, or one that is damaged or holds something else.
-        MismatchError: a vector that was made with other weights, unless any model will do.
+        MismatchError: steering that was made with other weights, unless any model will do.
     """
-    from mechattr.models.record import check_belongs
-    from mechattr.steering import SteeringVector, from_gguf, from_json
+    from mechattr.artifact import open as open_artifact
+    from mechattr.steering import GAct, ReFT, SteeringVector, from_gguf, from_json
 
     readers: dict[str, Any] = {".gguf": from_gguf, ".json": from_json}
-    vector: SteeringVector = readers.get(path.suffix, SteeringVector.load)(path)
-    if vector.provenance and not any_model:  # files of other programs do not say whose they are
-        check_belongs(vector, model)
-    return vector
+    found = readers.get(path.suffix, open_artifact)(path)
+    if not isinstance(found, SteeringVector | ReFT | GAct):
+        raise ArtifactError(f"steering from {path}", f"kind {found.kind!r}", "give what mechattr steer fit has written")
+    return _own(found, model, any_model)
+
+
+def gate_for(model: HookedModel, path: Path | None, *, any_model: bool) -> Condition | None:
+    """The condition of a file; errors are those of `steering_for`."""
+    from mechattr.steering import Condition
+
+    return None if path is None else _own(Condition.load(path), model, any_model)
+
+
+def _own(found: Any, model: HookedModel, any_model: bool) -> Any:
+    from mechattr.models.record import check_belongs
+
+    if found.provenance and not any_model:  # files of other programs do not say whose they are
+        check_belongs(found, model)
+    return found
 
 
 def where(positions: str) -> str | list[int]:

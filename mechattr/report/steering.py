@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any, cast
 
 from mechattr import draw, storage
-from mechattr.errors import MechattrError
+from mechattr.errors import MechattrError, SettingError
 from mechattr.models.base import HookedModel
 from mechattr.report.folder import claim
 from mechattr.report.steering_page import page
 from mechattr.steering.evaluate import evaluate
 from mechattr.steering.evaluation import Curves, SteeringEvaluation, SteeringSweep
 from mechattr.steering.frontier import BUDGET
+from mechattr.steering.gates import Gate, digest_of
+from mechattr.steering.prompted import Steering as Vector
 from mechattr.steering.prompted import Where
 from mechattr.steering.scored import MULTIPLIERS
 from mechattr.steering.sweep import sweep
@@ -52,16 +54,17 @@ class Steering:
 
 def steer(
     model: HookedModel,
-    vector: SteeringVector,
+    vector: Vector,
     triples: Sequence[tuple[str, str, str]],
     *,
     out: Path | str,
     multipliers: Sequence[float] = MULTIPLIERS,
     positions: Where = "all",
     operator: str = "add",
+    gate: Gate | None = None,
     neutral: Sequence[str] = (),
     random: int = 3,
-    shuffled: SteeringVector | None = None,
+    shuffled: Vector | None = None,
     prompting: str | None = None,
     generate: int = 0,
     by_layer: bool = False,
@@ -77,12 +80,12 @@ def steer(
 
     Args:
         model: a causal language model.
-        vector: directions at sites of this model.
+        vector: directions at sites of this model, or a function of the state, such as `mechattr.steering.reft` makes.
         triples: (prompt, answer that matches the behaviour, answer that does not), better not those that the vector
             was made from.
         out: folder of the results.
-        multipliers, positions, operator, neutral, random, shuffled, prompting, generate, seed, batch_size, progress:
-            see `mechattr.steering.evaluate`.
+        multipliers, positions, operator, gate, neutral, random, shuffled, prompting, generate, seed, batch_size,
+            progress: see `mechattr.steering.evaluate`.
         by_layer: also measure each layer of the vector alone; see `mechattr.steering.sweep`.
         overwrite: replace the result of other settings.
 
@@ -94,6 +97,8 @@ def steer(
         As `mechattr.steering.evaluate`, and as `mechattr.steering.sweep` by layer.
     """
     folder = Path(out)
+    if by_layer and not isinstance(vector, SteeringVector):
+        raise SettingError("one layer at a time", f"a {vector.kind}", "leave by_layer (--by-layer) out")
     how: dict[str, Any] = {"multipliers": list(multipliers), "positions": positions, "operator": operator}
     more: dict[str, Any] = {"random": random, "prompting": prompting, "generate": generate, "seed": seed}
     key = {
@@ -102,18 +107,19 @@ def steer(
         "shuffled": None if shuffled is None else _digest(shuffled),
         "triples": _hash([list(one) for one in triples]),
         "neutral": _hash(list(neutral)),
+        "gate": digest_of(gate),
         "by_layer": by_layer,
         **how,
         **more,
     }
-    common: dict[str, Any] = {**how, "neutral": neutral, "batch_size": batch_size, "progress": progress}
+    common: dict[str, Any] = {**how, "gate": gate, "neutral": neutral, "batch_size": batch_size, "progress": progress}
     fresh = not folder.exists()
     claim(folder, key, OWNED, overwrite=overwrite)
     try:
         if not (folder / EVALUATION).exists():
             evaluate(model, vector, triples, shuffled=shuffled, **common, **more).save(folder / EVALUATION)
         if by_layer and not (folder / SWEEP).exists():
-            sweep(model, vector, triples, **common).save(folder / SWEEP)
+            sweep(model, cast(SteeringVector, vector), triples, **common).save(folder / SWEEP)
     except MechattrError:
         if fresh:  # settings that cannot be used take no folder
             shutil.rmtree(folder)
@@ -180,7 +186,7 @@ def _sentences(result: SteeringEvaluation) -> list[str]:
     return said
 
 
-def _digest(vector: SteeringVector) -> dict[str, str]:
+def _digest(vector: Vector) -> dict[str, str]:
     return {name: storage.checksum(table.values) for name, table in vector.tensors.items()}
 
 

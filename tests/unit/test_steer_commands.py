@@ -121,6 +121,45 @@ def test_apply_shows_base_and_steered_side_by_side(model: Any, fitted: Path, cap
     assert "ablate at blocks.3.hook_resid_post, positions -1,0" in shown and shown.count("│ base") == 2
 
 
+def test_apply_takes_functions_of_the_state_and_conditions(
+    model: Any, fitted: Path, tmp_path: Path, capsys: Output
+) -> None:
+    moving, gate, common = tmp_path / "moving", tmp_path / "gate", ("--task", "subject_verb", "--n", 6, "--layers", 1)
+    assert run("fit", *common, "--builder", "g_act", "--set", "clusters=2", "--out", moving) == 0
+    assert "blocks.1.hook_resid_post/centroids │ 2 × 128" in capsys.readouterr().out
+    assert run("fit", *common, "--builder", "condition", "--out", gate) == 0
+    condition = ma.open(gate)
+    assert f"{condition.settings['threshold']:.5f}" in capsys.readouterr().out
+    prompts = ("At night the cows", "I think that the writer")
+    options = ("--prompt", prompts[0], "--prompt", prompts[1], "--multiplier", 4, "--max-new-tokens", 3, "--json")
+    assert run("apply", "--vector", moving, *options) == 0
+    moved = json.loads(capsys.readouterr().out)["continuations"]
+    with ma.open(moving).apply(model, 4.0):
+        alone = [model.generate(model.tokenize(x), max_new_tokens=3, do_sample=False).texts[0] for x in prompts]
+    assert [one["steered"][0]["text"] for one in moved] == alone
+    assert run("apply", "--vector", fitted, "--gate", gate, *options) == 0
+    gated = json.loads(capsys.readouterr().out)["continuations"]
+    with SteeringVector.load(fitted).apply(model, 4.0, gate=condition):
+        batch = model.tokenize(prompts, padding_side="left")
+        both = model.generate(batch, max_new_tokens=3, do_sample=False).texts
+    assert [one["steered"][0]["text"] for one in gated] == list(both)
+    closed = [one["steered"][0]["text"] == one["base"] for one in gated]
+    assert closed == [False, True]  # it opens for plural subjects
+    for arguments, text in (
+        (("--vector", gate), "kind 'steering_condition'"),
+        (("--vector", fitted, "--gate", fitted), "kind 'steering_vector'"),
+        (("--vector", moving, "--operator", "ablate"), "g_act, which says itself what is added"),
+    ):
+        assert run("apply", *options, *arguments) == 2
+        assert text in capsys.readouterr().err
+    refused = ("--builder", "g_act", "--gguf", tmp_path / "v.gguf", "--out", tmp_path / "other")
+    assert run("fit", *common, *refused) == 2
+    assert "--gguf\n  found: a g_act" in capsys.readouterr().err and not (tmp_path / "other").exists()
+    layers = ("--task", "subject_verb", "--by-layer", "--out", tmp_path / "run")
+    assert run("evaluate", "--vector", moving, *layers) == 2
+    assert "one layer at a time\n  found: a g_act" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
 def test_apply_reads_vectors_of_other_programs(fitted: Path, tmp_path: Path, capsys: Output) -> None:
     vector, texts = SteeringVector.load(fitted), []
     ma.steering.to_gguf(vector, tmp_path / "v.gguf", model_hint="gpt2")
