@@ -182,8 +182,12 @@ class SteeringEvaluation(Curves):
         return self.names
 
     def steerability(self, name: str = "vector", *, over: str | None = None) -> Estimate:
-        """As of `Curves`, of the vector unless another condition is named."""
-        return super().steerability(name, over=over)
+        """As of `Curves`, of the vector unless another condition is named. Over `"random"`, each random vector
+        is turned the way that it steers towards the behaviour, and the mean over all of them is taken."""
+        if over != "random":
+            return super().steerability(name, over=over)
+        draws = self._slopes(self.tensors["random"].values)
+        return estimate(self.slopes(name) - (draws.mean(-1, keepdim=True).sign() * draws).mean(0))
 
     def anti_steerable(self, name: str = "vector") -> Estimate:
         """As of `Curves`, of the vector unless another condition is named."""
