@@ -15,8 +15,8 @@ import mechattr as ma
 from mechattr import cli
 from mechattr.commands import steer as commands
 from mechattr.commands import steer_evaluate
-from mechattr.errors import SettingError, UnknownNameError
-from mechattr.steering import SteeringVector, behaviour, from_gguf, read_pairs, read_triples
+from mechattr.errors import SettingError, UnknownNameError, UnknownTaskError
+from mechattr.steering import SteeringVector, behaviour, from_gguf, prompts, read_pairs, read_triples
 
 Output = Any  # of capsys
 PAIRS = [
@@ -103,11 +103,11 @@ def test_fit_takes_every_kind_of_data_and_place(
 
 
 def test_apply_shows_base_and_steered_side_by_side(model: Any, fitted: Path, capsys: Output) -> None:
-    prompts = ["I think that the writer", "At night the cows"]
-    options = ("--vector", fitted, "--prompt", prompts[0], "--prompt", prompts[1], "--max-new-tokens", 2)
+    texts = ["I think that the writer", "At night the cows"]
+    options = ("--vector", fitted, "--prompt", texts[0], "--prompt", texts[1], "--max-new-tokens", 2)
     assert run("apply", *options, "--multiplier", "-2,0,2", "--json") == 0
     found = json.loads(capsys.readouterr().out)["continuations"]
-    for one, prompt in zip(found, prompts, strict=True):
+    for one, prompt in zip(found, texts, strict=True):
         assert one["prompt"] == prompt
         assert one["base"] == model.generate(model.tokenize(prompt), max_new_tokens=2, do_sample=False).texts[0]
         assert [row["multiplier"] for row in one["steered"]] == [-2, 0, 2]
@@ -130,17 +130,17 @@ def test_apply_takes_functions_of_the_state_and_conditions(
     assert run("fit", *common, "--builder", "condition", "--out", gate) == 0
     condition = ma.open(gate)
     assert f"{condition.settings['threshold']:.5f}" in capsys.readouterr().out
-    prompts = ("At night the cows", "I think that the writer")
-    options = ("--prompt", prompts[0], "--prompt", prompts[1], "--multiplier", 4, "--max-new-tokens", 3, "--json")
+    texts = ("At night the cows", "I think that the writer")
+    options = ("--prompt", texts[0], "--prompt", texts[1], "--multiplier", 4, "--max-new-tokens", 3, "--json")
     assert run("apply", "--vector", moving, *options) == 0
     moved = json.loads(capsys.readouterr().out)["continuations"]
     with ma.open(moving).apply(model, 4.0):
-        alone = [model.generate(model.tokenize(x), max_new_tokens=3, do_sample=False).texts[0] for x in prompts]
+        alone = [model.generate(model.tokenize(x), max_new_tokens=3, do_sample=False).texts[0] for x in texts]
     assert [one["steered"][0]["text"] for one in moved] == alone
     assert run("apply", "--vector", fitted, "--gate", gate, *options) == 0
     gated = json.loads(capsys.readouterr().out)["continuations"]
     with SteeringVector.load(fitted).apply(model, 4.0, gate=condition):
-        batch = model.tokenize(prompts, padding_side="left")
+        batch = model.tokenize(texts, padding_side="left")
         both = model.generate(batch, max_new_tokens=3, do_sample=False).texts
     assert [one["steered"][0]["text"] for one in gated] == list(both)
     closed = [one["steered"][0]["text"] == one["base"] for one in gated]
@@ -359,6 +359,16 @@ def test_a_behaviour_has_its_texts_in_front(model: Any) -> None:
     assert {triple[1:] for triple in she.triples} == {(" she", " he")}
     with pytest.raises(UnknownNameError, match="did you mean 'subject_verb'"):
         behaviour(model, "subject_verbs")
+
+
+def test_prompts_are_the_different_ones_of_a_task(model: Any) -> None:
+    found = prompts(model, "greater_than", n=6, seed=1)
+    task = ma.tasks.make(model, "greater_than", n=6, seed=1)
+    assert len(found) == len(set(found)) and model.tokenize(found[0]).tokens[0].equal(
+        task.clean.tokens[0][task.clean.mask[0]]
+    )
+    with pytest.raises(UnknownTaskError, match="did you mean 'greater_than'"):
+        prompts(model, "greater")
 
 
 def test_contrasts_of_files(files: dict[str, Path]) -> None:
