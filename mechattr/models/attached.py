@@ -34,13 +34,14 @@ def hooked_around(torch_model: Any) -> HookedHF:
     """A hooked model around a transformers model. Where edits are attached to it already, it is the one that was made
     without them: the checks at load would meet what they change. The same model is checked once, since each check takes
     as long as several tokens of a generation."""
-    known = _edited.get(torch_model)
-    if known is not None:
-        return known.model
-    now = _state(torch_model)
-    hooked = HookedHF(torch_model, check=_proved.get(torch_model) != now)
-    _proved[torch_model] = now
-    return hooked
+    with _lock:  # a check must not meet what another thread checks or attaches
+        known = _edited.get(torch_model)
+        if known is not None:
+            return known.model
+        now = _state(torch_model)
+        hooked = HookedHF(torch_model, check=_proved.get(torch_model) != now)
+        _proved[torch_model] = now
+        return hooked
 
 
 def _state(torch_model: Any) -> tuple[Any, ...]:

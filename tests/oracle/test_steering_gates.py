@@ -83,7 +83,7 @@ def test_a_condition_decides_row_by_row(similarity: str, side: str) -> None:
             assert torch.equal(model.run(batch).logits, by_multiplier)
 
 
-@pytest.mark.parametrize("place", ["all", "prompt", "generated", "last"])
+@pytest.mark.parametrize("place", ["all", "generated"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_decision_is_kept_while_tokens_are_generated(family: str, place: str) -> None:
     model, steps, batch = families.hooked(family), 4, families.ragged("left")

@@ -53,7 +53,7 @@ def test_places_are_told_apart() -> None:
     assert not any(torch.equal(said[i], said[j]) for i in range(len(said)) for j in range(i))
 
 
-@pytest.mark.parametrize("family", families.SOURCED)
+@pytest.mark.parametrize("family", ["t5", "bart"])
 def test_an_encoder_decoder_of_the_user_is_steered_as_the_hooked_one(family: str) -> None:
     model = families.hooked(family)
     start = torch.full((3, 1), model.model.config.decoder_start_token_id)

@@ -68,7 +68,7 @@ def test_a_merged_copy_is_the_steered_model(family: str) -> None:
         torch.testing.assert_close(logits(both.merge_into_bias(model), batch), expected, **CLOSE)
 
 
-@pytest.mark.parametrize("family", families.DECODERS)
+@pytest.mark.parametrize("family", [name for name in families.SHAPES if name in families.DECODERS] + ["glm4", "llava"])
 def test_every_family_is_merged_or_refused(family: str) -> None:
     """What is merged was compared with the steered model; what is refused says why."""
     model = families.hooked(family)

@@ -73,6 +73,28 @@ def test_two_threads_steer_two_models() -> None:
     assert not torch.equal(expected[0], clean) and torch.equal(one.run(fitted(one)).logits, clean)
 
 
+def test_two_threads_begin_blocks_around_one_bare_model() -> None:
+    """Neither of the checks at load meets what the other block changes; while both blocks are open, both act."""
+    bare, batch = families.model("gpt2"), families.ragged("right")
+    v, inside = vector(families.hooked("gpt2")), threading.Barrier(2, timeout=20)
+
+    def work() -> torch.Tensor:
+        with v.apply(bare), torch.no_grad():
+            inside.wait()
+            found = bare(batch.tokens, attention_mask=batch.mask.long()).logits
+            inside.wait()
+        return found
+
+    with torch.no_grad():
+        clean = bare(batch.tokens, attention_mask=batch.mask.long()).logits
+        one, two = together([work, work], times=1)
+        assert torch.equal(one[0], two[0]) and not torch.equal(one[0], clean)
+        with v.apply(bare, 2.0):
+            twice = bare(batch.tokens, attention_mask=batch.mask.long()).logits
+        torch.testing.assert_close(one[0], twice, rtol=0, atol=1e-4)  # float32 sums
+        assert torch.equal(bare(batch.tokens, attention_mask=batch.mask.long()).logits, clean)
+
+
 def test_threads_of_one_bare_model_take_turns() -> None:
     """Each thread has a prompt of its own: position 5 is a prompt's in one and generated in the other, and loops with a
     cache go on where they were."""
