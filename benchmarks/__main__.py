@@ -15,7 +15,20 @@ from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
 
-from benchmarks import attribution, edges, estimates, localising, lrp, mixing, probes, recording, routes, sweep
+from benchmarks import (
+    attribution,
+    edges,
+    estimates,
+    localising,
+    lrp,
+    mixing,
+    probes,
+    recording,
+    routes,
+    steering,
+    steering_peers,
+    sweep,
+)
 from benchmarks.measure import Ratio
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -48,6 +61,11 @@ def main() -> None:
         "mixing contributions": lambda: mixing.contributions(5),
         "routes S": lambda: routes.measure("S", few or 21),
         "routes M": lambda: routes.measure("M", 7),
+        "steering S": lambda: steering.generating("S", few or 21),
+        "steering M": lambda: steering.generating("M", 11),
+        "grains S": lambda: steering.fitting("S", 4 if few else steering.PAIRS, few or 5),
+        "steering peers": lambda: steering_peers.measure("S", few or 11),
+        "steering peers M": lambda: steering_peers.measure("M", 5),
         "localising": lambda: localising.measure(5),
         "memory": localising.memory,
         "estimates": estimates.measure,

@@ -25,12 +25,12 @@ def baseline_vector(model: HookedModel, given: str | int, site: str = "hook_embe
         return torch.zeros(())
     if site != "hook_embed":
         raise SettingError(f"baseline={given!r} at {site}", "no embeddings are there", "give 'zero' or a tensor")
-    table = model.weight("embed.W_E").double()
+    table = model.weight("embed.W_E")
     if given == "mean":
-        return table.mean(0)
+        return table.mean(0, dtype=torch.float64)
     if isinstance(given, bool) or not isinstance(given, int) or not 0 <= given < len(table):
         raise SettingError(f"baseline={given!r}", f"ids from 0 to {len(table) - 1}", "give a token's id")
-    return table[given]
+    return table[given].double()
 
 
 def in_place(
