@@ -71,7 +71,7 @@ def shuffled(
     Args:
         builder: such as `mechattr.steering.mean_difference`.
         model: the model.
-        data: pairs (positive, negative), or triples (prompt, matching answer, other answer).
+        data: pairs (positive, negative), or triples (prompt, matching answer, other answer), which may have images.
         seed: of the draw, and of the builder.
         **settings: of the builder.
 
@@ -86,5 +86,11 @@ def shuffled(
         raise SettingError("shuffled labels", f"{len(given)} pairs", "give at least two")
     order = torch.randperm(len(given), generator=torch.Generator().manual_seed(seed))
     swapped = set(order[: len(given) // 2].tolist())
-    mixed = [(*one[:-2], one[-1], one[-2]) if i in swapped else tuple(one) for i, one in enumerate(given)]
+    mixed = [_swapped(one) if i in swapped else tuple(one) for i, one in enumerate(given)]
     return builder(model, mixed, seed=seed, **settings)
+
+
+def _swapped(one: Sequence[Any]) -> tuple[Any, ...]:
+    """A pair, or what stands behind the prompt of a triple, the other way round."""
+    first = int(len(one) > 2)
+    return *one[:first], one[first + 1], one[first], *one[first + 2 :]

@@ -112,7 +112,7 @@ def evaluate(
         forward += side.forward
     prompted = None
     if prompting is not None and not isinstance(triples, Task):
-        prompted = items(model, [(prompting + prompt, answer, other) for prompt, answer, other in triples])
+        prompted = items(model, [(prompting + prompt, *more) for prompt, *more in triples])
         alone = Steered(model, [], *how).scores(prompted.rows, "prompting")
         tensors["prompting"] = Labelled(prompted.values(alone.base), ("item",))
         forward += alone.forward

@@ -15,7 +15,7 @@ from mechattr.errors import SettingError, UnknownNameError, UnsupportedFeatureEr
 from mechattr.models import Batch, HookedHF
 from mechattr.models.families.vision import IMAGE_TOKEN
 from mechattr.models.small import small_model
-from mechattr.steering import grains, propensity, token_scores
+from mechattr.steering import evaluate, grains, propensity, shuffled, sweep, token_scores
 
 PATCHES, PAD = 4, 2
 TRIPLES = [("<image>a b", " a", " b a"), ("a<image> a", " b b", "a"), ("b a", " a a", " b")]
@@ -249,6 +249,25 @@ def test_the_patch_that_drives_the_preference_and_its_direction_are_found(settin
     before = propensity(model, PLANTED)
     with v.apply(model, 2.0):
         assert bool((propensity(model, PLANTED) > before).all())
+
+
+def test_images_come_along_in_sweeps_evaluations_and_shuffled_triples() -> None:
+    model, _ = driven()
+    vector = grains(model, PLANTED, layers=[0])
+    swept = sweep(model, vector, PLANTED, multipliers=(-1, 1)).tensors["propensity"].values[0]
+    done = evaluate(model, vector, PLANTED, multipliers=(-1, 1), prompting="a")
+    torch.testing.assert_close(done.tensors["propensity"].values[0], swept)
+    torch.testing.assert_close(done.base, propensity(model, PLANTED).double(), rtol=1e-9, atol=1e-9)  # float64
+    with vector.apply(model, -1):
+        torch.testing.assert_close(swept[0], propensity(model, PLANTED).double(), rtol=1e-9, atol=1e-9)  # float64
+    mixed = shuffled(grains, model, PLANTED, layers=[0])
+    assert float(mixed.directions[0].norm()) < 0.5 * float(vector.directions[0].norm())
+    asked = [(f"a{prompt}", *more) for prompt, *more in PLANTED]
+    torch.testing.assert_close(
+        done.tensors["prompting"].values, propensity(model, asked).double(), rtol=1e-9, atol=1e-9
+    )  # float64
+    text = [(prompt.replace("<image>", ""), a, b) for prompt, a, b, _ in PLANTED]  # control: the picture matters
+    assert not torch.allclose(done.base, propensity(model, text).double(), atol=0.1)
 
 
 def test_control_placeholders_do_not_show_the_patch() -> None:
