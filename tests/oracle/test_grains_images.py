@@ -15,7 +15,8 @@ from mechattr.errors import SettingError, UnknownNameError, UnsupportedFeatureEr
 from mechattr.models import Batch, HookedHF
 from mechattr.models.families.vision import IMAGE_TOKEN
 from mechattr.models.small import small_model
-from mechattr.steering import evaluate, grains, propensity, shuffled, sweep, token_scores
+from mechattr.sites import full_name
+from mechattr.steering import SteeringVector, evaluate, grains, propensity, shuffled, sweep, token_scores
 
 PATCHES, PAD = 4, 2
 TRIPLES = [("<image>a b", " a", " b a"), ("a<image> a", " b b", "a"), ("b a", " a a", " b")]
@@ -268,6 +269,28 @@ def test_images_come_along_in_sweeps_evaluations_and_shuffled_triples() -> None:
     )  # float64
     text = [(prompt.replace("<image>", ""), a, b) for prompt, a, b, _ in PLANTED]  # control: the picture matters
     assert not torch.allclose(done.base, propensity(model, text).double(), atol=0.1)
+
+
+@pytest.mark.parametrize("positions", ["all", "generated", "last"])
+def test_a_transformers_model_with_pixels_is_steered_as_the_hooked_one(positions: str) -> None:
+    model = llava()
+    direction = torch.randn(model.info.d_model, generator=torch.Generator().manual_seed(0))
+    vector = SteeringVector.of({full_name("resid_post", 0): direction})
+    batch = model.tokenize(["<image>a b", "a <image>"], images=[cases.photo(1), cases.photo(2)])
+    assert not batch.padded
+    settings: dict[str, Any] = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    with vector.apply(model, 4.0, positions):
+        expected = model.generate(batch, **settings).tokens
+    pixels = torch.cat([row["pixel_values"] for row in batch.images])
+    given = {
+        "input_ids": batch.tokens,
+        "attention_mask": batch.mask.long(),
+        "pixel_values": pixels,
+        "pad_token_id": PAD,
+    }
+    with vector.apply(model.model, 4.0, positions):
+        assert torch.equal(model.model.generate(**given, **settings), expected)
+    assert not torch.equal(model.model.generate(**given, **settings), expected)  # the control: without the vector
 
 
 def test_control_placeholders_do_not_show_the_patch() -> None:
