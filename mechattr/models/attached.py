@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from mechattr.errors import UnsupportedFeatureError
+from mechattr.errors import SettingError, UnsupportedFeatureError
 from mechattr.models.batch import Batch
 from mechattr.models.edits import Edit, Frame
 from mechattr.models.hf import HookedHF
@@ -96,13 +96,15 @@ class _Talk(threading.local):
 
     Attributes:
         prompt: its rows, once there was a call.
-        rows: of what `generate` was given, while it runs and if that is known: beams repeat them.
+        given, mask: what `generate` was given, while it runs and if that is known: beams repeat its rows, and a call
+            may have a part of its columns, or another mask.
         inside: whether `generate` runs.
         planned: the edits of each block for this prompt, by site.
     """
 
     prompt: Batch | None = None
-    rows = 0
+    given: Any = ()
+    mask: Any = None
     inside = False
 
     def __init__(self) -> None:
@@ -144,11 +146,12 @@ class _Attached:
             given = next((x for x in (*args[:1], *named) if x is not None), ())
             with self.turn:
                 self._read(given)
-                self.talk.inside, self.talk.prompt, self.talk.rows = True, None, len(given)
+                talk = self.talk
+                talk.inside, talk.prompt, talk.given, talk.mask = True, None, given, kwargs.get("attention_mask")
                 try:
                     return generate(*args, **kwargs)
                 finally:
-                    self.talk.inside, self.talk.prompt, self.talk.rows = False, None, 0
+                    talk.inside, talk.prompt, talk.given, talk.mask = False, None, (), None
 
         return within
 
@@ -184,6 +187,9 @@ class _Attached:
         if talk.prompt is None or (not seen and not talk.inside):
             talk.prompt, talk.planned = self._prompt(ids, given.get(f"{side}attention_mask"), shape, seen), {}
         prompt = talk.prompt
+        if shape[0] % len(prompt):
+            found = f"the last prompt, of {len(prompt)}, has no cache of that many rows"
+            raise SettingError(f"a call of {shape[0]} rows", found, "finish one prompt before the next one begins")
         for block in self.blocks:
             if block not in talk.planned:
                 edits = block.edits(prompt)
@@ -193,16 +199,28 @@ class _Attached:
         width = prompt.tokens.shape[1]
         new = torch.arange(max(0, seen + shape[1] - width), device=prompt.device)
         keys = torch.cat([prompt.positions, prompt.lengths[:, None] + new], 1)
-        keys = keys.repeat_interleave(shape[0] // len(prompt), 0)
+        keys = keys.repeat_interleave(shape[0] // len(prompt), 0)[:, : seen + shape[1]]
         self.taps.frame = replace(self.taps.frame, lengths=prompt.lengths, queries=keys[:, seen:], keys=keys)
 
     def _prompt(self, ids: Tensor | None, mask: Any, shape: Sequence[int], seen: int) -> Batch:
-        device = self.model.device
+        """The rows of a prompt that a call begins: all that `generate` was given, of which it may have a part."""
+        talk, device = self.talk, self.model.device
         rows, width = shape[0], seen + shape[1]
-        tokens = torch.zeros(rows, width, dtype=torch.long, device=device)
-        if ids is not None:
-            tokens[:, seen:] = ids
-        flat = isinstance(mask, Tensor) and mask.ndim == 2
-        real = mask[:, :width].bool().to(device) if flat else torch.ones_like(tokens, dtype=torch.bool)
-        copies = max(1, rows // (self.talk.rows or rows))
-        return Batch.of(tokens[::copies], real[::copies])
+        copies = max(1, rows // (len(talk.given) or rows))
+        # of an encoder-decoder `generate` is given what the encoder reads
+        whole, masks = (None, [mask]) if self.model.info.n_encoder_layers else (talk.given, [talk.mask, mask])
+        if ids is not None and isinstance(whole, Tensor) and whole.ndim == 2 and whole.shape[1] > width:
+            tokens = whole.to(device, torch.long)
+        else:
+            tokens = torch.zeros(rows // copies, width, dtype=torch.long, device=device)
+            if ids is not None:
+                tokens[:, seen:] = ids[::copies]
+        real = torch.ones_like(tokens, dtype=torch.bool)
+        flat = next((x for x in masks if isinstance(x, Tensor) and x.ndim == 2), None)
+        if flat is not None:
+            part = flat[:: len(flat) // len(real), : real.shape[1]]
+            real[:, : part.shape[1]] = part
+        elif mask is not None:
+            asked, found = "steering under a mask of attention with more axes than two", "no word of what is padding"
+            raise UnsupportedFeatureError(asked, found, "hand over attention_mask [row, column]")
+        return Batch.of(tokens, real)

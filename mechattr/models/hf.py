@@ -271,9 +271,9 @@ class HookedHF(Running):
             past = given.get("past_key_values")
             seen = 0 if past is None else int(past.get_seq_length())
             check_room(self.info, longest + seen + ids.shape[1] - batch.tokens.shape[1])
-            new = torch.arange(seen + ids.shape[1] - batch.tokens.shape[1], device=batch.device)
+            new = torch.arange(max(0, seen + ids.shape[1] - batch.tokens.shape[1]), device=batch.device)
             keys = torch.cat([batch.positions, batch.lengths[:, None] + new], 1)
-            keys = keys.repeat_interleave(len(ids) // len(batch), 0)
+            keys = keys.repeat_interleave(len(ids) // len(batch), 0)[:, : seen + ids.shape[1]]
             taps.frame = replace(taps.frame, queries=keys[:, seen:], keys=keys)
 
         with ExitStack() as stack, torch.no_grad(), self._tapping(batch, taps):

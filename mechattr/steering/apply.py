@@ -87,7 +87,7 @@ def along(v: Tensor, operation: Operation, x: Tensor, factors: Tensor) -> Tensor
 def _operation(given: str | Operation) -> Operation:
     if callable(given):
         return given
-    if given not in OPERATORS:
+    if not isinstance(given, str) or given not in OPERATORS:
         raise SettingError(f"operator={given!r}", "no such operator", nearest(str(given), OPERATORS))
     return OPERATORS[given]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import inf
 
 import torch
 
@@ -79,13 +80,16 @@ def mass_mean(
     References:
         Marks, Tegmark (2023), The Geometry of Truth, arXiv 2310.06824.
     """
-    if isinstance(ridge, bool) or not isinstance(ridge, int | float) or not ridge > 0:
+    if isinstance(ridge, bool) or not isinstance(ridge, int | float) or not 0 < ridge < inf:
         raise SettingError(f"ridge={ridge!r}", "no penalty", "give a number above 0")
     found = seen_at(model, pairs, layers, sites, positions, batch_size, scatter=True)
     directions = {}
     for name, m in found.items():
         within = (m.positive.covariance + m.negative.covariance) / 2
-        penalty = ridge * within.diagonal().mean().clamp(min=torch.finfo(within.dtype).tiny)
+        penalty = ridge * within.diagonal().mean()
+        if not bool(penalty > 0):
+            fix = "give more pairs, or use mean_difference"
+            raise SettingError(f"a covariance at {name}", "texts of one side that do not differ there", fix)
         v = torch.linalg.solve(within + penalty * torch.eye(len(within), dtype=within.dtype), m.difference.mean)
         directions[name] = v * (m.difference.mean.norm() / v.norm().clamp(min=torch.finfo(v.dtype).tiny))
     return of_pairs(model, "mass_mean", directions, found, sites, positions, seed, ridge=ridge)
@@ -124,6 +128,8 @@ def pca(
     if variant not in ("uncentred", "pair_centred", "centred"):
         raise SettingError(f"variant={variant!r}", "no such variant", "use 'uncentred', 'pair_centred' or 'centred'")
     found = seen_at(model, pairs, layers, sites, positions, batch_size, scatter=True)
+    if variant == "centred" and next(iter(found.values())).difference.n == 1:
+        raise SettingError("variant='centred'", "one pair", "give more: their mean is taken away")
     directions = {}
     for name, m in found.items():
         table = m.difference.covariance if variant == "centred" else m.difference.uncentred

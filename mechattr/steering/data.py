@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ def check_pairs(pairs: Any) -> list[tuple[str, str]]:
     Raises:
         SettingError: no pairs, something else than two texts, an empty text, or a pair of equal texts.
     """
-    given = list(pairs) if not isinstance(pairs, str) else []
+    given = list(pairs) if isinstance(pairs, Iterable) and not isinstance(pairs, str) else []
     if not given:
         raise SettingError("pairs", "none", "give (positive text, negative text) pairs")
     for i, pair in enumerate(given):
@@ -68,15 +69,17 @@ def chosen_sites(model: HookedModel, layers: Sequence[int] | None, sites: Sites)
         )
     if layers is not None:
         n = model.info.n_layers
-        given = [layers] if isinstance(layers, int) else list(layers)
-        wrong = [layer for layer in given if isinstance(layer, bool) or layer not in range(n)]
+        given = list(layers) if isinstance(layers, Iterable) else [layers]
+        wrong = [x for x in given if isinstance(x, bool) or not isinstance(x, Integral) or x not in range(n)]
         if wrong or not given:
             found = f"a model with layers 0 to {n - 1}"
             raise SettingError(f"layers={given}", found, "name existing layers")
         return [full_name("resid_post", layer) for layer in dict.fromkeys(given)]
-    asked = [sites] if isinstance(sites, str) else list(sites or ())
+    asked: list[Any] = [sites] if isinstance(sites, str) or not isinstance(sites, Iterable) else list(sites)
     if not asked:
         raise SettingError("where to steer", "no sites", "name at least one")
+    if any(not isinstance(x, str | Node) for x in asked) or isinstance(sites, Node):
+        raise SettingError(f"sites={sites!r:.60}", "no list of sites", "give a name, or a list of names or nodes")
     names = expand([full_name(x.site, x.layer) if isinstance(x, Node) else x for x in asked], model.sites())
     for name in names:
         axes = site_spec(name).axes

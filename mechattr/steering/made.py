@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Size, Tensor, cat
 
 from mechattr.engines.moments import Moments
+from mechattr.errors import SettingError
 from mechattr.models.base import HookedModel
 from mechattr.provenance import provenance
 from mechattr.sites import Node
@@ -79,10 +80,18 @@ def made(
     seed: int,
     **settings: Any,
 ) -> SteeringVector:
-    """A vector with what made it; where `sites` are nodes, only their heads, neurons or streams keep a direction."""
+    """A vector with what made it; where `sites` are nodes, only their heads, neurons or streams keep a direction.
+
+    Raises:
+        SettingError: only zeros, or a number that is not finite.
+    """
     shapes = {name: shape_at(model, name) for name in directions}
     tensors = {n: x.float() if x.ndim > len(shapes[n]) else x.reshape(shapes[n]).float() for n, x in directions.items()}
     stamp = provenance({**asdict(model.info), **model.fingerprint()}, seed=seed)
     vector = SteeringVector.of(tensors, settings={"method": builder, "seed": seed, **settings}, provenance=stamp)
     nodes = [node for node in ([] if sites is None or isinstance(sites, str) else sites) if isinstance(node, Node)]
-    return vector.only(sites) if nodes and sites is not None else vector
+    vector = vector.only(sites) if nodes and sites is not None else vector
+    if not any(bool(table.values.any()) for table in vector.tensors.values()):
+        found = f"no difference at {', '.join(vector.sites)}"
+        raise SettingError(f"a vector of {builder}", found, "give other data, or read it at other positions or sites")
+    return vector

@@ -127,7 +127,11 @@ class Steer:
     def __call__(self, x: Tensor, place: Place) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
         factors = _of_rows(self.multiplier, place, len(x)) if self.multiplier.ndim else self.multiplier
-        steered = self.motion(x.to(wide), factors.reshape(-1, 1, 1).to(x.device, wide)).to(x.dtype)
+        steered = self.motion(x.to(wide), factors.reshape(-1, 1, 1).to(x.device, wide))
+        if not isinstance(steered, Tensor) or steered.shape != x.shape:
+            found = f"shape {list(steered.shape)}" if isinstance(steered, Tensor) else f"a {type(steered).__name__}"
+            raise SettingError(f"an operator at {place.site}", found, f"return a tensor of shape {list(x.shape)}")
+        steered = steered.to(x.dtype)
         if self.gate is not None:
             rows = self.gate if isinstance(self.gate, Tensor) else self.gate()
             opened = _of_rows(rows, place, len(x)).reshape(-1, *[1] * (x.ndim - 1))
@@ -169,8 +173,16 @@ def _edits(name: str, op: Steer, positions: Positions, batch: Batch) -> list[Edi
             for row in range(len(batch))
             if bool(mask[row].any())
         ]
-    where: Any = WORDS[positions] if isinstance(positions, str) else torch.as_tensor(positions).tolist()
-    return [Edit(name, op, positions=where)]
+    if isinstance(positions, str):
+        return [Edit(name, op, positions=WORDS[positions])]
+    numbers = dict.fromkeys(torch.as_tensor(positions).tolist())
+    if all(p >= 0 for p in numbers):
+        return [Edit(name, op, positions=list(numbers))]
+    rows: dict[tuple[int, ...], list[int]] = {}  # two numbers can be one position of a row, which moves once
+    for row, n in enumerate(batch.lengths.tolist()):
+        at = tuple(dict.fromkeys(p if p >= 0 else n + p for p in numbers if p >= -n))
+        rows.setdefault(at, []).append(row)
+    return [Edit(name, op, positions=at, rows=those) for at, those in rows.items() if at]
 
 
 def _of_rows(values: Tensor, place: Place, n: int) -> Tensor:
@@ -196,7 +208,10 @@ def _check_positions(given: Positions) -> None:
     fix = "give one of " + ", ".join(map(repr, WORDS)) + ", position numbers, or a mask"
     if not isinstance(given, str | Sequence | Tensor):
         raise SettingError(f"positions={given!r}", f"a {type(given).__name__}", fix)
-    numbers = given.tolist() if isinstance(given, Tensor) and given.ndim == 1 else given
-    listed = not isinstance(numbers, str | Tensor)
-    if listed and any(isinstance(p, bool) or not isinstance(p, int) for p in numbers):
-        raise SettingError(f"positions={given!r}", "something else than whole numbers", fix)
+    if isinstance(given, str) or (isinstance(given, Tensor) and given.ndim == 2 and given.dtype == torch.bool):
+        return
+    numbers = given.tolist() if isinstance(given, Tensor) else given
+    if not isinstance(numbers, Sequence) or any(isinstance(p, bool) or not isinstance(p, int) for p in numbers):
+        raise SettingError(f"positions={given!r:.80}", "something else than whole numbers", fix)
+    if not numbers:
+        raise SettingError(f"positions={given!r:.80}", "no position", fix)

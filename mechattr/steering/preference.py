@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -180,7 +180,7 @@ def checked(triples: Any) -> list[tuple[str, str, str, list[Any]]]:
     Raises:
         SettingError: no triples, or something else than three texts that differ, and images.
     """
-    given = list(triples) if not isinstance(triples, str) else []
+    given = list(triples) if isinstance(triples, Iterable) and not isinstance(triples, str) else []
     if not given:
         raise SettingError("triples", "none", "give (prompt, preferred answer, dispreferred answer) triples")
     found = []

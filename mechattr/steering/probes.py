@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -46,7 +47,7 @@ def probe(
     Cost:
         2 forward passes a pair; memory for one vector a pair and site.
     """
-    if isinstance(penalty, bool) or not isinstance(penalty, int | float) or not penalty > 0:
+    if isinstance(penalty, bool) or not isinstance(penalty, int | float) or not 0 < penalty < inf:
         raise SettingError(f"penalty={penalty!r}", "no penalty", "give a number above 0")
     found = _collected(model, pairs, chosen_sites(model, layers, sites), positions, batch_size)
     directions, lengths = {}, {}
@@ -99,7 +100,7 @@ def iti(
         raise UnknownNameError(f"direction={direction!r}", "no such direction", nearest(str(direction), DIRECTIONS))
     if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1:
         raise SettingError(f"heads={heads!r}", "no number of heads", "give a whole number from 1")
-    if not 0 < held_out < 1:
+    if not isinstance(held_out, float) or not 0 < held_out < 1:
         raise SettingError(f"held_out={held_out!r}", "no share", "give a number between 0 and 1")
     names = chosen_sites(model, layers, sites)
     if layers is not None:

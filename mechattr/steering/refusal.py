@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from mechattr.errors import SettingError
 from mechattr.models.base import Batch, HookedModel
 from mechattr.sites import full_name, parse
 from mechattr.steering.data import check_pairs, chosen_sites, picked
+from mechattr.steering.lesson import check_count
 from mechattr.steering.made import Pairs, made
 from mechattr.steering.vector import SteeringVector
 
@@ -66,14 +67,18 @@ def refusal(
         Single Direction, arXiv 2406.11717.
     """
     given, wanted = check_pairs(pairs), _tokens(model, tokens)
-    if len(given) < 2 or not 0 < held_out < 1:
+    for name, value in {"deepest": deepest, "max_kl": max_kl, "min_induced": min_induced}.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise SettingError(f"{name}={value!r}", f"a {type(value).__name__}", "give a number")
+    check_count("batch_size", batch_size)
+    if len(given) < 2 or not isinstance(held_out, float) or not 0 < held_out < 1:
         asked = f"held_out={held_out!r} of {len(given)} pairs"
         raise SettingError(asked, "none held out", "give more pairs, or a share between 0 and 1")
     if isinstance(positions, str | int) or not positions:
         raise SettingError(f"positions={positions!r}", "no list of positions", "give candidates, such as [-1, -2]")
     n = model.info.n_layers
-    chosen_sites(model, range(n) if layers is None else layers, None)
-    names = [full_name("resid_pre", x) for x in (range(n) if layers is None else layers) if x < deepest * n]
+    possible = [parse(name)[1] for name in chosen_sites(model, range(n) if layers is None else layers, None)]
+    names = [full_name("resid_pre", x) for x in possible if x is not None and x < deepest * n]
     if not names:
         raise SettingError(f"layers={layers}", f"none below {deepest} of {n}", "name lower layers, or raise deepest")
     order = torch.randperm(len(given), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -83,8 +88,11 @@ def refusal(
     judge = _Judge(model, test, wanted, batch_size)
     candidates = [judge(name, p, d) for (name, p), d in differences.items() if bool(d.any())]
     fitting = [c for c in candidates if c.kl <= max_kl and c.induced >= min_induced]
+    if not candidates:
+        found = f"no difference at the positions {list(positions)}"
+        raise SettingError("a direction of refusal", found, "give pairs that differ there, or other positions")
     if not fitting:
-        least = min((c.kl for c in candidates), default=float("nan"))
+        least = min(c.kl for c in candidates)
         found = f"{len(candidates)} candidates, KL from {least:.3g}, none within the limits"
         fix = "relax a limit, or give more candidates"
         raise SettingError(f"max_kl={max_kl}, min_induced={min_induced}", found, fix)
@@ -160,9 +168,12 @@ def _everywhere(model: HookedModel) -> list[str]:
 
 
 def _tokens(model: HookedModel, tokens: Sequence[int]) -> list[int]:
-    given = [] if isinstance(tokens, str | int) else list(tokens)
+    given = list(dict.fromkeys(tokens)) if isinstance(tokens, Iterable) and not isinstance(tokens, str) else []
     ids = range(model.info.d_vocab)
     if not given or any(isinstance(t, bool) or not isinstance(t, int) or t not in ids for t in given):
         found = f"ids from 0 to {model.info.d_vocab - 1}"
-        raise SettingError(f"tokens={tokens!r}", found, "give the ids of tokens with which the behaviour begins")
+        fix = "give the ids of tokens with which the behaviour begins"
+        raise SettingError(f"tokens={tokens!r:.80}", found, fix)
+    if len(given) == len(ids):
+        raise SettingError("tokens", "all that there are", "give those with which the behaviour begins")
     return given

@@ -45,13 +45,16 @@ class SteeringVector(Artifact):
 
         Raises:
             UnknownSiteError: no such site.
-            SettingError: no tensors, or one that is not finite.
+            SettingError: no tensors, or one that is not of finite numbers.
             AxisError: a tensor with other axes than its site has behind batch and position.
         """
         if not tensors:
             raise SettingError("a steering vector", "no tensors", "give a direction for at least one site")
         labelled = {}
         for name, tensor in tensors.items():
+            if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+                found = str(tensor.dtype) if isinstance(tensor, Tensor) else f"a {type(tensor).__name__}"
+                raise SettingError(f"a direction at {name}", found, "give a tensor of floating point numbers")
             if not bool(torch.isfinite(tensor).all()):
                 raise SettingError(f"a direction at {name}", "NaN or infinity", "look at the data it was made from")
             axes = axes_of(name)
@@ -106,6 +109,8 @@ class SteeringVector(Artifact):
                 raise SettingError(f"the direction at {name}", has, "name some of these")
             values = self.tensors[name].values
             part = (given.neuron if given.head is None else given.head) if isinstance(given, Node) else None
+            if isinstance(given, Node) and given.head is not None and "head" not in self.tensors[name].axes[0]:
+                raise SettingError(f"the direction of {given}", f"no heads at {name}", "name sites, or nodes of heads")
             if part is not None and self.tensors[name].axes[0] == "pos":
                 found = "directions of single positions"
                 raise SettingError(f"the direction of {given}", found, "name sites, not heads or neurons")
@@ -157,12 +162,14 @@ class SteeringVector(Artifact):
         return self._both(other, torch.sub)
 
     def __mul__(self, factor: float) -> Self:
-        return self._each(lambda x: x * factor)
+        number = _number(factor)
+        return self._each(lambda x: x * number)
 
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: float) -> Self:
-        return self._each(lambda x: x / divisor)
+        number = _number(divisor)
+        return self._each(lambda x: x / number)
 
     def __neg__(self) -> Self:
         return self._each(torch.neg)
@@ -180,6 +187,14 @@ class SteeringVector(Artifact):
 
     def _with(self, tensors: Mapping[str, Tensor]) -> Self:
         return type(self).of(tensors, settings=self.settings, provenance=self.provenance)
+
+
+def _number(given: Any) -> float:
+    try:
+        return float(given)
+    except (TypeError, ValueError, RuntimeError) as error:
+        fix = "multiply vectors by numbers"
+        raise SettingError(f"a steering vector times {given!r:.60}", f"a {type(given).__name__}", fix) from error
 
 
 def axes_of(site: str) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ from mechattr.models.operators import Add
 from mechattr.sites import full_name
 from mechattr.steering import SteeringVector
 
-TALK = {"prompt": None, "rows": 0, "inside": False}
+TALK = {"prompt": None, "given": (), "mask": None, "inside": False}
 
 
 def together(works: list[Callable[[], Any]], times: int = 6) -> list[list[Any]]:
@@ -190,7 +190,7 @@ def test_a_bare_model_that_is_steered_is_not_hooked_as_another() -> None:
 
 
 def test_numbers_of_positions_leave_shorter_rows_alone() -> None:
-    """In a run, a generation and a call of a bare model alike; negative ones must be there."""
+    """In a run, a generation and a call of a bare model alike; also where they count from the prompt's end."""
     for model in (plain("gpt2_like"), families.hooked("llama")):
         batch, v = fitted(model), vector(model)  # 7, 4 and 5 tokens
         values = v.tensors[SITE].values
@@ -207,5 +207,6 @@ def test_numbers_of_positions_leave_shorter_rows_alone() -> None:
             with v.apply(model.model, positions=[4, 8]), torch.no_grad():
                 found = model.model(batch.tokens, **given).logits[batch.mask]
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
-        with v.apply(model, positions=[-5]), pytest.raises(ValueError, match="the shortest row has 4 tokens"):
-            model.run(batch)
+        expected = model.run(batch, edits=[Edit(SITE, Add(values), positions=[-5], rows=[0, 2])]).logits[batch.mask]
+        with v.apply(model, positions=[-5]):
+            torch.testing.assert_close(model.run(batch).logits[batch.mask], expected, rtol=0, atol=1e-4)
