@@ -62,7 +62,8 @@ def grains(
         sites: sites by name, or nodes.
         k: tokens of a sequence and sign; all that there are, where there are fewer.
         positions: where h is read: at the `"last"` token, where the answer has been read; at `"prompt_last"`, the
-            prompt's last token, where the answer is decided; the `"mean"`; or one position.
+            prompt's last token, where the answer is decided, with only tokens of the prompt among the k; the `"mean"`;
+            or one position.
         seed: nothing is drawn here; kept for one signature of all builders.
         mode: `"both"`, or one of the two terms: `"pos"` is v(positive tokens), `"neg"` is -v(negative tokens).
         reduce: the `"mean"`, or `"pca_uncentered"`: the first principal component of the differences, which are not
@@ -99,7 +100,7 @@ def grains(
     )  # fmt: skip
     if reduce != "mean" and len(scores) == 1:
         raise SettingError(f"reduce={reduce!r}", "one triple", "use reduce='mean', or more triples")
-    hits = _hits(model, scores, k, mode, special, modality)
+    hits = _hits(model, scores, k, mode, special, modality, before=positions == "prompt_last")
     moments, lengths = _differences(model, scores, hits, names, positions, removal, batch_size, reduce != "mean")
     directions = {
         name: sum((sign * _reduced(moments[name, sign], reduce) for sign in hits), torch.zeros(()).double())
@@ -116,15 +117,17 @@ def grains(
 
 
 def _hits(
-    model: HookedModel, scores: TokenScores, k: int, mode: str, special: bool, modality: str
+    model: HookedModel, scores: TokenScores, k: int, mode: str, special: bool, modality: str, *, before: bool
 ) -> dict[int, Bool[Tensor, "row pos"]]:
-    """The tokens that are taken away, by sign."""
+    """The tokens that are taken away, by sign; `before` the answer only, where its tokens come behind what is read."""
     batch = scores.batch
     image = torch.zeros_like(batch.mask) if batch.image is None else batch.image
     allowed = {"all": batch.mask, "image": image, "text": batch.mask & ~image}[modality]
     if not special:
         marked = torch.tensor(list(model.tokenizer.all_special_ids), dtype=torch.long, device=batch.device)
         allowed = allowed & (image | ~torch.isin(batch.tokens, marked))
+    if before:
+        allowed = allowed & (batch.positions < scores.starts[:, None])
     signs = {"pos": [1], "neg": [-1], "both": [1, -1]}[mode]
     hits = {sign: scores.top(k, sign, allowed) for sign in signs}
     if not any(bool(found.any()) for found in hits.values()):

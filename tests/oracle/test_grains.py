@@ -167,8 +167,9 @@ def test_the_vector_is_its_definition_in_single_runs(kind: str, ablate: str, pos
         for row in range(2 * len(WORDS)):
             ids = scores.batch.tokens[row, scores.batch.mask[row]]
             end = len(ids) - 1 if positions == "last" else len(WORDS[row % len(WORDS)][0])  # a first token, no answer
+            # what is read before the answer does not change with it, so that its tokens are not among the k
             for sign, part in parts.items():
-                order = sorted(range(1, len(ids)), key=lambda t, r=row, s=sign: -s * float(scores.values[r, t]))
+                order = sorted(range(1, end + 1), key=lambda t, r=row, s=sign: -s * float(scores.values[r, t]))
                 at = [t for t in order[:k] if sign * float(scores.values[row, t]) > 0]
                 if at:
                     part.append(state(ids, [], end) - state(ids, at, end))
