@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -83,6 +84,10 @@ def condition(
         raise UnknownNameError(f"similarity={similarity!r}", "no such name", nearest(str(similarity), SIMILARITIES))
     if isinstance(held_out, bool) or not isinstance(held_out, int | float) or not 0 < held_out < 1:
         raise SettingError(f"held_out={held_out!r}", "no share", "give a number between 0 and 1")
+    if thresholds is not None:
+        numbers = [] if isinstance(thresholds, str) else list(thresholds)
+        if not numbers or not all(isinstance(x, int | float) and math.isfinite(x) for x in numbers):
+            raise SettingError(f"thresholds={thresholds!r:.60}", "no finite numbers", "give some, or leave them out")
     given = check_pairs(pairs)
     n = len(given)
     if n < 3:

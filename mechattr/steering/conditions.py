@@ -99,6 +99,10 @@ class Condition(Artifact, Reading):
             SettingError: a direction of zeros or NaN, a threshold that is not finite, or no such positions.
             UnknownNameError: no such comparator or similarity.
         """
+        if not isinstance(direction, Tensor):
+            raise SettingError(f"a condition at {site}", f"a {type(direction).__name__}", "give a tensor")
+        if isinstance(threshold, float) and not math.isfinite(threshold):  # JSON has none
+            raise SettingError(f"threshold={threshold!r}", "no finite number", "give a number")
         own: dict[str, JSON] = {"threshold": threshold, "comparator": comparator}
         own |= {"similarity": similarity, "positions": positions}
         table = {site: Labelled(direction.detach().clone(), axes_of(site))}

@@ -16,7 +16,8 @@ from mechattr.sites import full_name, parse
 from mechattr.steering import gguf
 from mechattr.steering.vector import SteeringVector
 
-_DIRECTION = re.compile(r"direction\.(\d+)")
+_DIRECTION = re.compile(r"direction\.(0|[1-9]\d*)", re.ASCII)
+_LAYER = re.compile(r"0|[1-9]\d*", re.ASCII)
 
 
 def to_gguf(vector: SteeringVector, path: str | Path, *, model_hint: str) -> None:
@@ -29,7 +30,8 @@ def to_gguf(vector: SteeringVector, path: str | Path, *, model_hint: str) -> Non
         model_hint: the architecture, such as `"llama"`.
 
     Raises:
-        SettingError: a vector with other sites, or numbers that float32 does not hold.
+        SettingError: a vector with other sites, numbers that float32 does not hold, or no architecture.
+        ArtifactError: no such folder.
     """
     layers = _layers(vector)
     meta: dict[str, str | int] = {
@@ -37,6 +39,7 @@ def to_gguf(vector: SteeringVector, path: str | Path, *, model_hint: str) -> Non
         "controlvector.model_hint": model_hint,
         "controlvector.layer_count": len(layers),
     }
+    _check_target(path, model_hint)
     gguf.write(Path(path), meta, {f"direction.{layer}": x for layer, x in layers.items()})
 
 
@@ -76,7 +79,8 @@ def to_json(vector: SteeringVector, path: str | Path, *, model_type: str) -> Non
         model_type: the architecture, such as `"llama"`.
 
     Raises:
-        SettingError: a vector with other sites, or numbers that float32 does not hold.
+        SettingError: a vector with other sites, numbers that float32 does not hold, or no architecture.
+        ArtifactError: no such folder.
     """
     layers = _layers(vector)
     known: Any = vector.settings.get("explained_variances") or {}
@@ -85,6 +89,7 @@ def to_json(vector: SteeringVector, path: str | Path, *, model_type: str) -> Non
         "directions": {str(layer): x.tolist() for layer, x in layers.items()},
         "explained_variances": {str(layer): known.get(str(layer), 0.0) for layer in layers},
     }
+    _check_target(path, model_type)
     partial = Path(path).with_name(Path(path).name + ".partial")
     partial.write_text(json.dumps(document))
     partial.replace(path)
@@ -99,20 +104,34 @@ def from_json(path: str | Path) -> SteeringVector:
     file = Path(path)
     try:
         document = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         fix = "give the path of a JSON file with 'directions'"
         raise ArtifactError(f"a steering vector in {file}", str(error), fix) from error
     given = document.get("directions") if isinstance(document, Mapping) else None
-    if not isinstance(given, Mapping):
+    known = document.get("explained_variances") or {} if isinstance(document, Mapping) else {}
+    if not isinstance(given, Mapping) or not isinstance(known, Mapping):
         fix = "give a JSON file with model_type, directions and explained_variances"
-        raise ArtifactError(f"a steering vector in {file}", "no 'directions'", fix)
+        found_text = "no 'directions'" if not isinstance(given, Mapping) else "'explained_variances' not by layer"
+        raise ArtifactError(f"a steering vector in {file}", found_text, fix)
+    unnamed = next((layer for layer in given if not _LAYER.fullmatch(layer)), None)
+    if unnamed is not None:
+        fix = "name layers '0', '1', ..."
+        raise ArtifactError(f"a steering vector in {file}", f"directions of the layer {unnamed!r}", fix)
     try:
         found = {int(layer): torch.tensor(values, dtype=torch.float32) for layer, values in given.items()}
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         found_text = f"directions that are no lists of numbers by layer: {error}"
         raise ArtifactError(f"a steering vector in {file}", found_text, "write the file again") from error
     settings = {"method": "cast", "model_hint": document.get("model_type")}
-    return _vector(file, found, {**settings, "explained_variances": document.get("explained_variances") or {}})
+    return _vector(file, found, {**settings, "explained_variances": known})
+
+
+def _check_target(path: str | Path, architecture: Any) -> None:
+    if not isinstance(architecture, str) or not architecture:
+        fix = "give its name, such as model.info.family"
+        raise SettingError("the architecture that a vector is for", f"{architecture!r:.60}", fix)
+    if not Path(path).parent.is_dir():
+        raise ArtifactError(f"to write {path}", f"no folder {Path(path).parent}", "create the folder first")
 
 
 def _layers(vector: SteeringVector) -> dict[int, Tensor]:

@@ -46,6 +46,10 @@ class Gate(ABC):
     def __invert__(self) -> Rule:
         return Rule("not", (self,))
 
+    def __bool__(self) -> bool:
+        found = "it decides row by row"  # `c1 and c2` would be c2 alone, in silence
+        raise SettingError("the truth of a gate", found, "combine conditions with &, | and ~, and compare with None")
+
 
 class Reading(Gate):
     """A gate that reads the prompt's activations at one site."""

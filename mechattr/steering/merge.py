@@ -67,7 +67,7 @@ def merge_into_bias(
     if not isinstance(hooked, HookedHF):
         found = f"backend {hooked.info.backend!r}"
         raise UnsupportedFeatureError("a merged copy", found, "give the transformers model, or one of backend='hf'")
-    if hooked.model in ATTACHED:
+    if hooked.model in ATTACHED or hooked._standing:
         raise ModelStateError("a merged copy", "the model is being steered", "merge outside of the block")
     check_fit(vector, hooked)
     paths = {id(module): name for name, module in hooked.model.named_modules()}

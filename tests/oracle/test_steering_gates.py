@@ -307,7 +307,7 @@ def test_conditions_that_are_none() -> None:
         ({"comparator": "larger"}, UnknownNameError, "comparator='larger'\n  found: no such name"),
         ({"similarity": "cosin"}, UnknownNameError, "did you mean 'cosine'"),
         ({"positions": "first"}, SettingError, "positions='first'"),
-        ({"threshold": float("nan")}, SettingError, "threshold=None\n  found: no finite number"),
+        ({"threshold": float("nan")}, SettingError, "threshold=nan\n  found: no finite number"),
         ({"direction": 0 * c}, SettingError, "a direction of zeros, NaN or infinity"),
         ({"site": full_name("pattern", 0), "direction": c[:, None]}, SettingError, "axes batch, head, query, key"),
     ]
@@ -321,7 +321,7 @@ def test_conditions_that_are_none() -> None:
     for data, settings, text in (
         (pairs, {}, "pairs\n  found: 2\n  fix: give at least 3"),
         (3 * pairs, {"held_out": 0}, "held_out=0\n  found: no share"),
-        (3 * pairs, {"positions": 0}, "no direction or no two similarities at blocks.1.hook_resid_post"),
+        (3 * pairs, {"positions": 0}, "a vector of mean_difference\n  found: no difference at blocks.1.hook_resid"),
     ):
         with pytest.raises(SettingError, match=text):
             ma.steering.condition(model, data, layers=[1], **settings)

@@ -123,3 +123,5 @@ def test_what_is_no_bias_is_refused() -> None:
             given.merge_into_bias(where, **settings)
     with v.apply(model.model), pytest.raises(ModelStateError, match="fix: merge outside of the block"):
         v.merge_into_bias(model.model)
+    with v.apply(model), pytest.raises(ModelStateError, match="fix: merge outside of the block"):
+        v.merge_into_bias(model)

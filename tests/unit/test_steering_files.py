@@ -108,9 +108,13 @@ def test_json_comes_back_as_it_was(tmp_path: Path) -> None:
     wrong = {
         "Expecting": first[:-5],
         "no 'directions'": "[1]",
-        "no lists of numbers by layer": json.dumps({"directions": {"a": [1.0]}}),
+        "no lists of numbers by layer": json.dumps({"directions": {"1": ["a"]}}),
         "directions of shapes": json.dumps({"directions": {"0": [1.0], "1": [1.0, 2.0]}}),
         "with NaN or infinity": '{"directions": {"0": [NaN]}}',
+        "directions of the layer '01'": '{"directions": {"1": [1.0], "01": [2.0]}}',
+        "'explained_variances' not by layer": '{"directions": {"1": [1.0]}, "explained_variances": [1.0]}',
+        "int too large": json.dumps({"directions": {"1": [10**400]}}),
+        "recursion": "[" * 100_000,
     }
     for text, data in wrong.items():
         path.write_text(data)
@@ -127,3 +131,9 @@ def test_what_the_files_do_not_hold_is_refused(tmp_path: Path) -> None:
         with pytest.raises(SettingError, match=text):
             to_json(v, tmp_path / "v", model_type="x")
     assert not list(tmp_path.iterdir())
+    with pytest.raises(ArtifactError, match="no folder"):
+        to_gguf(vector(), tmp_path / "nowhere" / "v", model_hint="x")
+    with pytest.raises(ArtifactError, match="no folder"):
+        to_json(vector(), tmp_path / "nowhere" / "v", model_type="x")
+    with pytest.raises(SettingError, match="the architecture that a vector is for"):
+        to_gguf(vector(), tmp_path / "v", model_hint=None)  # type: ignore[arg-type]

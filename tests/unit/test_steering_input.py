@@ -12,11 +12,22 @@ import mechattr as ma
 from mechattr.errors import MechattrError, SettingError
 from mechattr.models.base import HookedModel
 from mechattr.sites import Node
-from mechattr.steering import SteeringVector, mass_mean, mean_difference, pca, probe, propensity, refusal
+from mechattr.steering import (
+    Condition,
+    SteeringVector,
+    condition,
+    mass_mean,
+    mean_difference,
+    pca,
+    probe,
+    propensity,
+    refusal,
+)
 
 PAIRS = [(f"I think that the {noun}s", f"I think that the {noun}") for noun in ("lion", "writer", "beggar", "cow")]
 LIMITS: dict[str, Any] = {"tokens": [5], "max_kl": 100.0, "min_induced": -100.0}
 SITE = "blocks.1.hook_resid_post"
+ALWAYS = Condition.of(SITE, torch.ones(128), -2.0)
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +100,23 @@ CASES: dict[str, tuple[Callable[[HookedModel], Any], str]] = {
     "refusal rows": (
         lambda m: refusal(m, PAIRS, **LIMITS, batch_size=0),
         "batch_size=0\n  found: not a count\n  fix: give a whole number from 1",
+    ),
+    "one condition and another": (
+        lambda _: ALWAYS and ALWAYS,
+        "the truth of a gate\n  found: it decides row by row\n"
+        "  fix: combine conditions with &, | and ~, and compare with None",
+    ),
+    "a threshold": (
+        lambda _: Condition.of(SITE, torch.ones(128), float("nan")),
+        "threshold=nan\n  found: no finite number\n  fix: give a number",
+    ),
+    "thresholds": (
+        lambda m: condition(m, PAIRS, layers=[1], thresholds=[0.5, float("inf")]),
+        "thresholds=[0.5, inf]\n  found: no finite numbers\n  fix: give some, or leave them out",
+    ),
+    "the direction of a condition": (
+        lambda _: Condition.of(SITE, [1.0], 0.5),  # type: ignore[arg-type]
+        f"a condition at {SITE}\n  found: a list\n  fix: give a tensor",
     ),
     "a list in place of a tensor": (
         lambda _: SteeringVector.of({SITE: [1.0] * 128}),  # type: ignore[dict-item]
