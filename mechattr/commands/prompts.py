@@ -12,7 +12,6 @@ from rich.markup import escape
 
 from mechattr.commands.options import AsJson, Device, Dtype, Model, Overwrite, Settings, load, settings
 from mechattr.commands.show import echo_json, records, show, table
-from mechattr.draw.tokens import spell
 from mechattr.errors import OutputExistsError, SettingError, UnknownNameError, nearest
 from mechattr.methods import METHODS
 
@@ -100,6 +99,8 @@ def lens(
     if as_json:
         echo_json(_document(result, result.to_pandas(), "logit_lens", files))
         return
+    from mechattr.draw.tokens import spell  # imports torch
+
     at_end = result.tensors["score/kl"].axes == ("site",)
     place = len(result.strings[0]) - 1 if not at_end else cast(list[int], result.settings["position"])[0]
     scores = {name: (x if at_end else x.sel(pos=place)).values.tolist() for name, x in result.scores.items()}
@@ -181,6 +182,8 @@ def _show(result: Decomposition, frame: pd.DataFrame, name: str, files: list[str
     if len(frame) > WHOLE:
         title = f"{name}: the {LARGEST} largest of {len(frame)}"
         frame = frame.reindex(frame[column].abs().sort_values(ascending=False, kind="stable").index[:LARGEST])
+    from mechattr.draw.tokens import spell  # imports torch
+
     for place, text in TOKENS.items():
         if text in frame:
             frame[place] = [f"{i} {spell(token)}" for i, token in zip(frame[place], frame.pop(text), strict=True)]

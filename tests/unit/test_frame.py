@@ -39,6 +39,13 @@ def test_importing_the_package_loads_no_library() -> None:
     assert run.stdout.strip() == "[]"
 
 
+def test_the_help_of_the_command_line_loads_no_library() -> None:
+    heavy = "{'torch', 'numpy', 'transformers', 'matplotlib', 'pandas'}"
+    code = f"import sys, mechattr.cli; print(sorted({heavy} & set(sys.modules)))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
+
+
 def test_the_package_takes_less_than_a_second_beyond_torch_and_transformers() -> None:
     """Every public name and the bundled model, in CPU time, which other work on the machine does not lengthen."""
     code = (
