@@ -23,7 +23,7 @@ def table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     for name in rows[0] if rows else ():
         values = [row[name] for row in rows]
         numeric = all(isinstance(value, int | float | None) for value in values)
-        shown.add_column(name, justify="right" if numeric else "left", overflow="fold")
+        shown.add_column(escape(name), justify="right" if numeric else "left", overflow="fold")
         decimals = _decimals([value for value in values if isinstance(value, float) and math.isfinite(value)])
         columns.append([escape(_cell(value, decimals)) for value in values])
     for cells in zip(*columns, strict=True):

@@ -109,7 +109,10 @@ def fit(
         raise typer.BadParameter("give exactly one of --pairs, --triples and --task")
     if sum(x is not None for x in (layers, sites, nodes)) > 1:
         raise typer.BadParameter("give one of --layers, --sites and --nodes")
-    chosen = settings(setting or []) | {
+    given = settings(setting or [])
+    if own := next((name for name in ("layers", "sites", "positions", "seed") if name in given), None):
+        raise typer.BadParameter(f"--set {own}: give --{own}")
+    chosen = given | {
         "layers": None if layers is None else whole_numbers("--layers", layers),
         "sites": _sites(sites, nodes, top),
         "positions": None if positions is None else _position(positions),
@@ -119,6 +122,10 @@ def fit(
     files = [file for file in (out, gguf) if file is not None]
     for file in files:
         _writable(file, overwrite)
+    if out.suffix in (".gguf", ".json"):  # they are read as files of other programs
+        raise SettingError(f"--out {out}", "a file of this program", "name it *.safetensors, and another with --gguf")
+    if gguf is not None and gguf.suffix != ".gguf":
+        raise SettingError(f"--gguf {gguf}", "another ending", "name it *.gguf")
     loaded = load(model, device, dtype)
     found = contrasts(loaded, pairs, triples, task, n=n, seed=seed, split=split)
     data: Sequence[Any] = getattr(found, BUILDERS[builder])

@@ -93,7 +93,7 @@ def evaluate(
         echo_json({"summary": result.summary, "report": str(result.report_path), "table": rows})
         return
     lines = [result.summary, f"Report: {result.report_path}"]
-    show([table("Propensity, and how steering changes it", [_shown(row) for row in rows])], lines)
+    show([table("Propensity in nats, and how steering changes it", [_shown(row) for row in rows])], lines)
 
 
 def _shown(row: dict[str, Any]) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def _shown(row: dict[str, Any]) -> dict[str, Any]:
     multiplier = "" if row["multiplier"] is None else f"{row['multiplier']:g}"
     change = f"{row['effect']:.3g} [{row['effect_low']:.3g}, {row['effect_high']:.3g}]"
     start = {"condition": row["condition"], "multiplier": multiplier, "propensity": row["propensity"]}
-    return start | {"change [95 %]": change} | ({"KL": row["kl"]} if "kl" in row else {})
+    return start | {"change [95 %]": change} | ({"KL [nats a token]": row["kl"]} if "kl" in row else {})
 
 
 def _texts(model: HookedModel, given: str, seed: int) -> list[str]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from mechattr.errors import ArtifactError
+from mechattr.errors import ArtifactError, MismatchError
 
 if TYPE_CHECKING:
     from mechattr.models.base import HookedModel
@@ -76,7 +76,11 @@ def _own(found: Any, model: HookedModel, any_model: bool) -> Any:
     from mechattr.models.record import check_belongs
 
     if found.provenance and not any_model:  # files of other programs do not say whose they are
-        check_belongs(found, model)
+        try:
+            check_belongs(found, model)
+        except MismatchError as error:
+            fix = f"{error.fix}; --any-model takes it where its sites fit, as in another --dtype"
+            raise MismatchError(error.asked, error.found, fix) from error
     return found
 
 

@@ -70,14 +70,17 @@ def propensity_curve(
         if prompting is not None:
             _prompting(ax, prompting)
         if random is not None:
-            look = {**_LOOKS["random"], "linewidth": 0.9, "marker": ""}
+            look = {**_LOOKS["random"], "linewidth": 0.9, "marker": "" if x.size > 1 else "s"}
             lines = ax.plot(x, random.T, zorder=2, gid="random", **look)
             lines[0].set_label(f"{len(random)} random, equal length" if len(random) > 1 else _NAMES["random"])
         for name, (mean, low, high) in bands.items():
             if name == "random" and random is not None:
                 continue
             look = _look(name)
-            ax.fill_between(x, low, high, color=look["color"], alpha=0.16, linewidth=0, zorder=2)
+            if x.size > 1:
+                ax.fill_between(x, low, high, color=look["color"], alpha=0.16, linewidth=0, zorder=2)
+            else:  # a band of no width
+                ax.vlines(x, low, high, color=look["color"], linewidth=0.9, alpha=0.6, zorder=2, gid="interval")
             ax.plot(x, mean, zorder=4 if name == VECTOR else 3, gid=name, label=_NAMES.get(name, name), **look)
         ax.set(xlabel="multiplier", ylabel=label)
         ax.locator_params(axis="x", nbins=6)

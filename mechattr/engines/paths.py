@@ -193,5 +193,6 @@ def _check(tolerance: float | None, max_steps: int, batch_size: int) -> None:
     for name, number in (("max_steps", max_steps), ("batch_size", batch_size)):
         if isinstance(number, bool) or not isinstance(number, int) or number < 1:
             raise SettingError(f"{name}={number!r}", "no number of rows or steps", "give a whole number from 1")
-    if tolerance is not None and not 0 < tolerance < 1:
+    share = isinstance(tolerance, int | float) and 0 < tolerance < 1
+    if tolerance is not None and not share:
         raise SettingError(f"tolerance={tolerance!r}", "no share", "give a number between 0 and 1")

@@ -23,7 +23,7 @@ def claim(out: Path, key: Mapping[str, JSON], owned: Sequence[str], *, overwrite
 
     Raises:
         OutputExistsError: the folder holds the result of other settings, or other files and no result.
-        SettingError: `out` is a file.
+        SettingError: `out` is a file, or a folder that cannot be made or written.
     """
     if out.exists() and not out.is_dir():
         raise SettingError(f"to write into {out}", "it is a file", "name a folder")
@@ -43,12 +43,16 @@ def claim(out: Path, key: Mapping[str, JSON], owned: Sequence[str], *, overwrite
             f"{sum(1 for _ in out.iterdir())} files or folders of something else",
             "name a new folder, or overwrite=True (--overwrite) to write beside them",
         )
-    out.mkdir(parents=True, exist_ok=True)
-    for name in owned:
-        (out / name).unlink(missing_ok=True)
-    fresh = out / f".{RECORD}.new"
-    fresh.write_text(json.dumps({"key": wanted}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    fresh.replace(out / RECORD)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name in owned:
+            (out / name).unlink(missing_ok=True)
+        fresh = out / f".{RECORD}.new"
+        fresh.write_text(json.dumps({"key": wanted}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        fresh.replace(out / RECORD)
+    except OSError as error:
+        fix = "name a folder that can be made and written"
+        raise SettingError(f"to write into {out}", error.strerror or str(error), fix) from error
 
 
 def _key(path: Path) -> dict[str, JSON] | None:

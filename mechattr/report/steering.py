@@ -20,6 +20,7 @@ from mechattr.steering.evaluate import evaluate
 from mechattr.steering.evaluation import Curves, SteeringEvaluation, SteeringSweep
 from mechattr.steering.frontier import BUDGET
 from mechattr.steering.gates import Gate, digest_of
+from mechattr.steering.intervals import estimate
 from mechattr.steering.prompted import Steering as Vector
 from mechattr.steering.prompted import Where
 from mechattr.steering.scored import MULTIPLIERS
@@ -85,7 +86,7 @@ def steer(
             was made from.
         out: folder of the results.
         multipliers, positions, operator, gate, neutral, random, shuffled, prompting, generate, seed, batch_size,
-            progress: see `mechattr.steering.evaluate`.
+            progress: see `mechattr.steering.evaluate`. Of an ablation, which no multiplier changes, there is one.
         by_layer: also measure each layer of the vector alone; see `mechattr.steering.sweep`.
         overwrite: replace the result of other settings.
 
@@ -99,7 +100,8 @@ def steer(
     folder = Path(out)
     if by_layer and not isinstance(vector, SteeringVector):
         raise SettingError("one layer at a time", f"a {vector.kind}", "leave by_layer (--by-layer) out")
-    how: dict[str, Any] = {"multipliers": list(multipliers), "positions": positions, "operator": operator}
+    factors = [1.0] if operator == "ablate" else list(multipliers)  # which do not change an ablation
+    how: dict[str, Any] = {"multipliers": factors, "positions": positions, "operator": operator}
     more: dict[str, Any] = {"random": random, "prompting": prompting, "generate": generate, "seed": seed}
     key = {
         **model.fingerprint(),
@@ -163,7 +165,17 @@ def _sentences(result: SteeringEvaluation) -> list[str]:
     """What is said in front of all numbers."""
     n, unit, measure = len(result.base), result.unit, cast(Any, result.settings["measure"])["name"]
     said = []
-    if len(result.multipliers) > 1:
+    if not result.graded:
+        random = ", ".join(f"{effect:.3g}" for effect in result.random_effects)
+        how = "ablation" if result.settings["operator"] == "ablate" else f"multiplier {result.multipliers[0]:g}"
+        said.append(
+            f"The vector changes the {measure} of {n} items by {estimate(result.effects('vector')[0])} {unit} (95 % "
+            f"over items; {how})."
+        )
+        said.append(f"Random vectors of equal length: {random} {unit}.")
+        if "shuffled" in result.conditions:
+            said.append(f"Shuffled labels: {estimate(result.effects('shuffled')[0])} {unit}.")
+    else:
         random = ", ".join(f"{slope:.3g}" for slope in result.random_steerability)
         said.append(
             f"One unit of the multiplier changes the {measure} of {n} items by {result.steerability()} {unit} (95 % "
@@ -174,14 +186,17 @@ def _sentences(result: SteeringEvaluation) -> list[str]:
             said.append(f"Shuffled labels: {result.steerability('shuffled')} {unit}.")
     if result.prompting is not None:
         said.append(f"Plain prompting changes it by {result.prompting} {unit}.")
-    if "kl" in result.tensors:
+    if "kl" in result.tensors and not result.graded:
+        price, chance = (estimate(result.tensors["kl"].values[i, 0]) for i in range(2))
+        said.append(f"KL on neutral texts: {price} nats a token, and {chance.value:.3g} with a random vector.")
+    elif "kl" in result.tensors:
         most = {name: result.frontier(name).best for name in ("vector", "random")}
-        (at, effect), (_, chance) = most["vector"], most["random"]
+        (at, effect), (_, luck) = most["vector"], most["random"]
         said.append(
             f"No multiplier raises it within a KL of {BUDGET:g} nats a token on neutral texts."
             if at is None
             else f"Within a KL of {BUDGET:g} nats a token on neutral texts the most is {effect:.3g} {unit} (multiplier "
-            f"{at[1]:g}), and {chance:.3g} {unit} with a random vector."
+            f"{at[1]:g}), and {luck:.3g} {unit} with a random vector."
         )
     return said
 

@@ -14,6 +14,11 @@ if TYPE_CHECKING:
     from mechattr.steering.evaluation import SteeringEvaluation
 
 PROMPTS = 4  # whose continuations are shown; the artifact has all
+UNITS = (
+    "Propensity and effect (the change of it) in nats, kl in nats a token; of written texts, perplexity under the "
+    "model as it is, and the shares of pairs of tokens that differ (distinct_2) and of fours that were said before "
+    "(repetition). Columns that end in _low and _high are 95 % intervals."
+)
 HEADINGS = {
     "propensity": "Does it work?",
     "frontier": "At what price?",
@@ -22,7 +27,7 @@ HEADINGS = {
 CAPTIONS = {
     "propensity": (
         "Propensity is log p(matching answer) − log p(other answer), mean over items with 95 % bootstrap intervals. A "
-        "vector that works rises with the multiplier where its controls stay flat."
+        "vector that works changes it by more than every random vector of its length does, in either direction."
     ),
     "frontier": (
         "The change of propensity against what else changes: KL from the model as it is on neutral texts. A vector "
@@ -57,8 +62,8 @@ def page(
     sections |= {HEADINGS[name]: figure(path, name, CAPTIONS[name]) for name, path in pictures.items()}
     if result.evaluation.settings["texts"]:
         sections["What it writes"] = _texts(result.evaluation, prompts)
-    sections["All numbers"] = frame_table(result.evaluation.to_pandas())
-    facts = {name: escape(str(value)) for name, value in key.items()}
+    sections["All numbers"] = f'<p class="note">{UNITS}</p>{frame_table(result.evaluation.to_pandas())}'
+    facts = {name: escape(str(value)) for name, value in key.items() if value not in (None, "")}
     sections["Where this comes from"] = fact_table(facts)
     return document(f"Does this vector steer {model}?", f"{about} · {n} items", sections)
 

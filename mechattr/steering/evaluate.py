@@ -19,7 +19,7 @@ from mechattr.steering.prompted import Steering, Where, check_where
 from mechattr.steering.scored import MULTIPLIERS, check_multipliers, items, names_of, texts
 from mechattr.steering.stacked import Steered
 from mechattr.steering.vector import SteeringVector
-from mechattr.steering.written import Judge, Writing
+from mechattr.steering.written import Judge, Writing, check_room
 from mechattr.tasks.task import Task
 
 BY = ("condition", "multiplier")
@@ -93,6 +93,12 @@ def evaluate(
     _check(triples, random, generate, judge, prompting)
     how = (numbers, positions, operator, gate, batch_size, progress)
     measured = items(model, triples)
+    prompted = None
+    if prompting is not None and not isinstance(triples, Task):
+        prompted = items(model, [(prompting + prompt, *rest) for prompt, *rest in triples])
+    for one in (measured, prompted) if generate else ():
+        if one is not None:
+            check_room(model, one.prompts, generate)
     first, *more = _random(model, vector, measured.rows.batch, range(seed, seed + random), batch_size)
     conditions: dict[str, Steering] = {"vector": vector, "random": first}
     conditions |= {} if shuffled is None else {"shuffled": shuffled}
@@ -110,9 +116,7 @@ def evaluate(
         side = Steered(model, list(conditions.values()), *how).scores(texts(model, neutral, positions), "KL")
         tensors["kl"] = Labelled(side.steered, (*BY, "text"), coords)
         forward += side.forward
-    prompted = None
-    if prompting is not None and not isinstance(triples, Task):
-        prompted = items(model, [(prompting + prompt, *more) for prompt, *more in triples])
+    if prompted is not None:
         alone = Steered(model, [], *how).scores(prompted.rows, "prompting")
         tensors["prompting"] = Labelled(prompted.values(alone.base), ("item",))
         forward += alone.forward

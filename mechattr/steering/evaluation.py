@@ -54,6 +54,11 @@ class Curves(Artifact):
         """The unit of what is measured of items: `"nat"` for the propensity, else that of the task's metric."""
         return str(cast(dict[str, JSON], self.settings["measure"])["unit"])
 
+    @property
+    def graded(self) -> bool:
+        """Whether there is a slope: several multipliers, and an operator to which they matter."""
+        return len(self.multipliers) > 1 and self.settings.get("operator") != "ablate"
+
     def effects(self, name: Any) -> Float[Tensor, "multiplier item"]:
         """Propensity less that without steering.
 
@@ -204,6 +209,12 @@ class SteeringEvaluation(Curves):
         return slopes
 
     @property
+    def random_effects(self) -> list[float]:
+        """The mean change of propensity by each random vector, at the first multiplier."""
+        effects: list[float] = (self.tensors["random"].values[:, 0] - self.base).double().mean(-1).tolist()
+        return effects
+
+    @property
     def prompting(self) -> Estimate | None:
         """The change of propensity by plain prompting, with its interval; `None` without a prompt."""
         if "prompting" not in self.tensors:
@@ -214,8 +225,14 @@ class SteeringEvaluation(Curves):
     def summary(self) -> str:
         """The result in a sentence or two."""
         n, m = len(self.base), self.multipliers
-        if len(m) < 2:
-            parts = [f"{n} items, multiplier {m[0]:g}: effect {estimate(self.effects('vector')[0])} {self.unit}"]
+        if not self.graded:
+            random = ", ".join(f"{effect:.3g}" for effect in self.random_effects)
+            how = "ablation" if self.settings.get("operator") == "ablate" else f"multiplier {m[0]:g}"
+            parts = [
+                f"{n} items, {how}: effect {estimate(self.effects('vector')[0])} {self.unit}; random vectors {random}"
+            ]
+            if "shuffled" in self.names:
+                parts.append(f"shuffled labels {estimate(self.effects('shuffled')[0])}")
         else:
             random = ", ".join(f"{slope:.3g}" for slope in self.random_steerability)
             parts = [

@@ -20,7 +20,7 @@ def curve(result: SteeringEvaluation, ax: Axes | None) -> Axes:
     if "prompting" in result.tensors:
         mean, low, high = interval(result.tensors["prompting"].values).tolist()
         prompting = (mean, low, high)
-    if len(result.multipliers) > 1:
+    if result.graded:
         note = (
             f"steerability {result.steerability()} {result.unit}, {100 * result.anti_steerable().value:.0f} % of "
             f"{len(result.base)} items anti-steerable"

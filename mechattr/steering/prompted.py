@@ -100,6 +100,17 @@ def _columns(positions: Where, batch: Batch, starts: Int[Tensor, " row"]) -> Boo
     return mask & batch.mask
 
 
+def check_reached(positions: Where, batch: Batch, starts: Int[Tensor, " row"]) -> None:
+    """Whether a text has one of the positions: where none has, nothing would be steered, and nothing said.
+
+    Raises:
+        SettingError: it has not.
+    """
+    if not isinstance(positions, str) and not bool(_columns(positions, batch, starts).any()):
+        found = f"texts of up to {int(batch.lengths.max())} tokens"
+        raise SettingError(f"positions={list(positions)}", found, "name positions that texts have")
+
+
 def check_where(positions: Any, operator: Any, gate: Any) -> None:
     """Whether positions, operator and gate can be used.
 

@@ -18,7 +18,7 @@ from mechattr.models.halving import Halving
 from mechattr.sites import full_name, parse
 from mechattr.steering.gates import Decision, Gate, Given, check_gate, decided
 from mechattr.steering.operators import Operation
-from mechattr.steering.prompted import Steering, Where, applied, applied_to
+from mechattr.steering.prompted import Steering, Where, applied, applied_to, check_reached
 
 UNCHANGED = ("add", "norm_preserving", "angular")  # with the multiplier 0 they give x itself
 # (logits of rows, these rows, their starts, the logits of unsteered rows, which of those each row is) -> one a row
@@ -82,8 +82,10 @@ class Steered:
 
         Raises:
             MismatchError: a vector of another model.
+            SettingError: positions that no row has.
             NonFiniteError: a run has NaN or infinity; sites and multipliers are named.
         """
+        check_reached(self.positions, rows.batch, rows.starts)
         for vector in self.vectors:
             with applied(vector, self.model, 1.0, "all", self.operator):
                 pass  # does it fit? asked before anything runs

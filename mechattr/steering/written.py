@@ -106,6 +106,18 @@ class Writing:
         return rows
 
 
+def check_room(model: HookedModel, prompts: Sequence[Sequence[int]], tokens: int) -> None:
+    """Whether what is to be written fits behind prompts.
+
+    Raises:
+        SettingError: the model has fewer positions.
+    """
+    longest, most = max(map(len, prompts)), model.info.n_ctx
+    if model.info.bounded is not False and longest + tokens > most:
+        found = f"a prompt of {longest} tokens, and a model of {most} positions"
+        raise SettingError(f"generate={tokens}", found, "write fewer tokens, or use shorter prompts")
+
+
 def _judged(judge: Judge, texts: list[str]) -> Float[Tensor, " prompt"]:
     try:
         found = torch.as_tensor(judge(texts), dtype=torch.double)

@@ -56,6 +56,14 @@ def test_several_random_vectors_take_the_place_of_one() -> None:
     assert drawn == draws.tolist() and "2 random, equal length" in names(ax)
 
 
+def test_one_multiplier_still_shows_its_interval_and_random_vectors() -> None:
+    """A band and a line between points have no width then."""
+    ax = ma.draw.propensity_curve([2.0], {"vector": band([3.0])}, draws=[[0.5], [1.0]], ax=axes())
+    (bar,) = (one for one in ax.collections if one.get_gid() == "interval")
+    assert [part.tolist() for part in bar.get_segments()] == [[[2.0, 2.5], [2.0, 3.5]]]
+    assert all(one.get_marker() == "s" for one in ax.get_lines() if one.get_gid() == "random")
+
+
 def test_the_frontier_names_points_and_marks_the_knee() -> None:
     points = {"vector": (band([0.3, 0.0, 0.9], 0.1), band([-2.0, 0.0, 4.0])), "random": (band([0.2, 0, 0.8]),) * 2}
     ax = ma.draw.side_effect_frontier(

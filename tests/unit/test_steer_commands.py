@@ -17,6 +17,7 @@ from mechattr.commands import steer as commands
 from mechattr.commands import steer_evaluate
 from mechattr.errors import SettingError, UnknownNameError, UnknownTaskError
 from mechattr.steering import SteeringVector, behaviour, from_gguf, prompts, read_pairs, read_triples
+from mechattr.steering.intervals import estimate
 
 Output = Any  # of capsys
 PAIRS = [
@@ -202,6 +203,14 @@ def test_fit_refuses_what_cannot_be(files: dict[str, Path], fitted: Path, tmp_pa
         ((*pairs, "--layers", 1, "--builder", "grains"), "grains from --pairs\n  found: it needs prompts with two"),
         ((*pairs, "--layers", 1, "--builder", "refusal"), "refusal\n  found: no tokens\n  fix: give --set tokens"),
         ((*pairs, "--layers", 1, "--set", "ridge=1"), "ridge for mean_difference"),
+        ((*pairs, "--layers", 1, "--set", "seed=1"), "--set seed: give --seed"),
+        ((*pairs, "--set", "layers=[1]"), "--set layers: give --layers"),
+        (
+            ("--triples", files["triples"], "--layers", 1, "--builder", "grains", "--set", "tolerance=x"),
+            "tolerance='x'\n  found: no share",
+        ),
+        ((*pairs, "--layers", 1, "--out", tmp_path / "v.gguf"), "v.gguf\n  found: a file of this program"),
+        ((*pairs, "--layers", 1, "--gguf", out), "v.safetensors\n  found: another ending"),
         (("--task", "ioi", "--layers", 1), "the behaviour of task 'ioi'"),
         ((*pairs, "--layers", 1, "--out", tmp_path / "no" / "v"), "no such folder"),
         ((*pairs, "--layers", 1, "--out", fitted), "plural.safetensors\n  found: a file of this name"),
@@ -230,6 +239,7 @@ def test_apply_refuses_what_cannot_be(fitted: Path, model: Any, tmp_path: Path, 
             "a direction of shape [8] at blocks.1.hook_resid_post\n  found: 'tiny' has [128]",
         ),
         (("--vector", tmp_path / "other"), "the result was made with weights 000000000000"),
+        (("--vector", tmp_path / "other"), "or compute the result again; --any-model takes it where its sites fit"),
         (("--vector", fitted, "--multiplier", "-2,x"), "--multiplier -2,x: give numbers, separated by commas"),
         (("--vector", fitted, "--multiplier", "nan"), "no finite number"),
         (("--vector", fitted, "--positions", "lst"), "positions='lst'\n  found: no such place"),
@@ -314,12 +324,35 @@ def test_evaluate_shows_its_numbers(fitted: Path, files: dict[str, Path], tmp_pa
     assert f"{float(found.effects('vector').mean()):.3g} [" in shown and "Report:" in shown
 
 
+@pytest.mark.parametrize(("operator", "multipliers"), [("ablate", "-1,0,1"), ("add", "2")])
+def test_without_a_slope_the_change_is_said(
+    operator: str, multipliers: str, fitted: Path, files: dict[str, Path], tmp_path: Path, capsys: Output
+) -> None:
+    """The multiplier does not change an ablation, and of one multiplier there is no slope: not "changes it by 0"."""
+    options = ("--vector", fitted, "--triples", files["triples"], "--operator", operator, "--neutral", "ioi")
+    more = ("--multipliers", multipliers, "--shuffled", fitted, "--random", 1, "--out", tmp_path / "out")
+    assert run("evaluate", *options, *more) == 0
+    shown = capsys.readouterr().out
+    found = ma.open(tmp_path / "out" / "evaluation.safetensors")
+    effect, chance = (estimate(found.effects(name)[0]) for name in ("vector", "random"))
+    price = estimate(found.tensors["kl"].values[0, 0])
+    assert not found.graded and found.random_effects == [pytest.approx(chance.value)]
+    assert f"The vector changes the propensity of 2 items by {effect} nat" in shown and "One unit" not in shown
+    assert f"Random vectors of equal length: {chance.value:.3g} nat." in shown
+    assert f"Shuffled labels: {effect} nat." in shown  # the vector itself was given
+    assert f"KL on neutral texts: {price} nats a token" in shown
+    assert "KL [nats a token]" in shown
+    assert f"effect {effect} nat; random vectors {chance.value:.3g}; shuffled labels {effect}" in found.summary
+
+
 def test_evaluate_refuses_what_cannot_be(
     fitted: Path, evaluated: Path, files: dict[str, Path], tmp_path: Path, capsys: Output
 ) -> None:
     empty, long = tmp_path / "empty.txt", tmp_path / "long.txt"
     empty.write_text("\n")
     long.write_text("word " * 400)
+    short = tmp_path / "short.txt"
+    short.write_text("The cow\n")
     common = ("--vector", fitted, "--triples", files["triples"], "--multipliers", "0,1")
     cases: list[tuple[tuple[object, ...], str]] = [
         ((*common, "--task", "subject_verb"), "give exactly one of --triples and --task"),
@@ -333,7 +366,12 @@ def test_evaluate_refuses_what_cannot_be(
         ((*common, "--positions", "frist"), "positions='frist'"),
         ((*common, "--operator", "adds"), "operator"),
         ((*common, "--shuffled", tmp_path / "none.gguf"), "give the path of a .gguf file"),
+        ((*common, "--positions", 99), "positions=[99]\n  found: texts of up to 6 tokens"),
+        ((*common, "--positions", 5, "--neutral", short), "positions=[5]\n  found: texts of up to 2 tokens"),
+        ((*common, "--generate", 125), "generate=125\n  found: a prompt of 5 tokens, and a model of 128 positions"),
+        ((*common, "--generate", 121, "--prompting", "The cow. "), "found: a prompt of 8 tokens"),
         ((*common, "--out", fitted), "it is a file"),
+        ((*common, "--out", fitted / "new"), "to write into"),
         ((*common, "--out", evaluated), "the result of other settings"),
         ((*common, "--out", files["pairs"].parent), "files or folders of something else"),
     ]

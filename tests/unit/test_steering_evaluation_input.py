@@ -50,6 +50,8 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "a mask": ({"positions": torch.ones(2, 3, dtype=torch.bool)}, SettingError, "position numbers"),
     "half a position": ({"positions": [0.5]}, SettingError, "position numbers"),
     "before the prompt": ({"positions": [-9]}, SettingError, "name positions that every prompt has"),
+    "behind every text": ({"positions": [9]}, SettingError, "name positions that texts have"),
+    "no position": ({"positions": []}, SettingError, "name positions that texts have"),
     "no such operator": ({"operator": "subtract"}, UnknownNameError, "no such operator"),
     "a gate of rows": ({"gate": [True, False]}, SettingError, "give a condition"),
     "a gate behind what is steered": ({"gate": LATE}, SettingError, "which comes before it"),
