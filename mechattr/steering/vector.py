@@ -109,11 +109,11 @@ class SteeringVector(Artifact):
                 raise SettingError(f"the direction at {name}", has, "name some of these")
             values = self.tensors[name].values
             part = (given.neuron if given.head is None else given.head) if isinstance(given, Node) else None
-            if isinstance(given, Node) and given.head is not None and "head" not in self.tensors[name].axes[0]:
-                raise SettingError(f"the direction of {given}", f"no heads at {name}", "name sites, or nodes of heads")
             if part is not None and self.tensors[name].axes[0] == "pos":
                 found = "directions of single positions"
                 raise SettingError(f"the direction of {given}", found, "name sites, not heads or neurons")
+            if isinstance(given, Node) and given.head is not None and "head" not in self.tensors[name].axes[0]:
+                raise SettingError(f"the direction of {given}", f"no heads at {name}", "name sites, or nodes of heads")
             if part is not None and part not in range(len(values)):
                 raise SettingError(f"the direction of {given}", f"{len(values)} at {name}", "count from 0")
             mask = kept.setdefault(name, torch.zeros(len(values), dtype=torch.bool, device=values.device))

@@ -83,7 +83,7 @@ def test_centred_components_lose_what_all_pairs_share() -> None:
     assert abs(float(torch.nn.functional.cosine_similarity(v, direction, dim=0))) < 0.9
 
 
-@pytest.mark.parametrize("positions", ["last", "mean", 2])
+@pytest.mark.parametrize("positions", ["last", "mean", -1])
 def test_vectors_are_their_formulas_whatever_the_batches(positions: Any) -> None:
     model, _, pairs = planted()
     found = mean_difference(model, pairs, sites=["resid_post", "z"], positions=positions, batch_size=5)

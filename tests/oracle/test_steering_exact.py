@@ -107,7 +107,7 @@ def test_whatever_is_raised_nothing_stays(bare: bool) -> None:
     clean, fingerprint = model.run(batch).logits, model.fingerprint()
     refused: list[dict[str, Any]] = [
         {"gate": failing}, {"gate": [True]}, {"gate": 1}, {"multiplier": [1.0] * 2}, {"multiplier": 1e39},
-        {"positions": mask_of(batch)[:, :2]}, {"positions": [-9]}, {"positions": "here"},
+        {"positions": mask_of(batch)[:, :2]}, {"positions": []}, {"positions": "here"},
         {"vector": vector(model, site=full_name("resid_post", 0)), "gate": late},
         {"vector": SteeringVector.of({SITE: torch.ones(3)})}, {"vector": vector(model, site=full_name("mlp_out", 7))},
         {"operator": lambda x, v, m: x[:1]},
