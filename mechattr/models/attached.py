@@ -60,9 +60,9 @@ def attached(model: HookedHF, added: StandingEdits) -> Iterator[None]:
     Blocks nest, and may end in any order: the edits of the later one meet what those of the earlier one made. They act
     in all threads. Calls and generations of several threads take turns, and each thread has a prompt of its own.
 
-    Where a call begins without a cache of keys and values, its rows are a prompt; calls that go on with a cache, and
-    all calls that its `generate` makes, continue that prompt. A loop of the user's own without a cache therefore has
-    prompts only.
+    Where a call begins without a cache of keys and values, its rows are a prompt. Calls that go on with a cache
+    continue the prompt that has filled it (with a copy of a cache the last prompt), and all calls that its `generate`
+    makes continue the first one's. A loop of the user's own without a cache therefore has prompts only.
 
     Args:
         model: the hooked model around it.
@@ -100,6 +100,7 @@ class _Talk(threading.local):
             may have a part of its columns, or another mask.
         inside: whether `generate` runs.
         planned: the edits of each block for this prompt, by site.
+        told: both, by the cache of keys and values that a prompt has filled.
     """
 
     prompt: Batch | None = None
@@ -109,6 +110,7 @@ class _Talk(threading.local):
 
     def __init__(self) -> None:
         self.planned: dict[StandingEdits, dict[str, list[Edit]]] = {}
+        self.told: WeakKeyDictionary[Any, tuple[Any, Any]] = WeakKeyDictionary()
 
 
 class _Attached:
@@ -165,7 +167,11 @@ class _Attached:
                 given = {**dict(zip(names, args, strict=False)), **kwargs}
                 self._read(given.get("input_ids"))
                 self._locate(given)
-                return forward(*args, **kwargs)
+                out = forward(*args, **kwargs)
+                cache = getattr(out, "past_key_values", None)
+                if cache is not None:
+                    self.talk.told[cache] = self.talk.prompt, self.talk.planned
+                return out
 
         return within
 
@@ -184,7 +190,9 @@ class _Attached:
         shape = next((tuple(x.shape[:2]) for x in columns if x is not None), (1, 1))
         past = given.get("past_key_values")
         seen = 0 if past is None else int(past.get_seq_length())
-        if talk.prompt is None or (not seen and not talk.inside):
+        if seen and past in talk.told:
+            talk.prompt, talk.planned = talk.told[past]
+        elif talk.prompt is None or (not seen and not talk.inside):
             talk.prompt, talk.planned = self._prompt(ids, given.get(f"{side}attention_mask"), shape, seen), {}
         prompt = talk.prompt
         if shape[0] % len(prompt):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import families
@@ -13,6 +14,8 @@ from mechattr.errors import SettingError, UnsupportedFeatureError
 from mechattr.models import Batch, HookedHF
 from mechattr.models.edits import Edit
 from mechattr.models.operators import Add
+from mechattr.sites import full_name
+from mechattr.steering import Condition
 
 # some rows of 7, 4 and 5 tokens have both numbers at one token, or have none of them
 NUMBERS = ([4, -1], [2, -2], [-5], [-7], [3, 3], [6, -4, 0])
@@ -111,6 +114,23 @@ def test_a_mask_that_does_not_say_what_is_padding_is_refused() -> None:
     )
 
 
+@pytest.mark.parametrize("forgets", [False, True])
+def test_prompts_take_turns(forgets: bool) -> None:
+    """What a gate says of one is kept with its cache; a copy of the cache (the control) is of the last prompt."""
+    torch_model = families.model("gpt2")
+    model, ids = HookedHF(torch_model), families.tokens(2, 6)
+    v, c = cases.vector(model), torch.randn(model.info.d_model, generator=torch.Generator().manual_seed(1))
+    scores = Condition.of(full_name("resid_post", 0), c, 0.0).scores(model, Batch.of(ids))
+    gate = Condition.of(full_name("resid_post", 0), c, float(scores.mean()))  # opens for one of the two
+    with v.apply(torch_model, gate=gate), torch.no_grad():
+        alone = torch_model(ids[:1, :1], past_key_values=torch_model(ids[:1]).past_key_values).logits
+    with v.apply(torch_model, gate=gate), torch.no_grad():
+        cache = torch_model(ids[:1]).past_key_values
+        torch_model(ids[1:])
+        found = torch_model(ids[:1, :1], past_key_values=copy.deepcopy(cache) if forgets else cache).logits
+    assert torch.equal(found, alone) != forgets
+
+
 def test_a_cache_of_another_prompt_than_the_last_one_is_refused() -> None:
     torch_model = families.model("gpt2")
     v = cases.vector(HookedHF(torch_model))
@@ -119,7 +139,7 @@ def test_a_cache_of_another_prompt_than_the_last_one_is_refused() -> None:
         cache = torch_model(one, use_cache=True).past_key_values
         torch_model(two, use_cache=True)
         with pytest.raises(SettingError) as error:
-            torch_model(one[:, :1], past_key_values=cache)
+            torch_model(one[:, :1], past_key_values=copy.deepcopy(cache))
     assert str(error.value) == (
         "a call of 1 rows\n  found: the last prompt, of 2, has no cache of that many rows\n"
         "  fix: finish one prompt before the next one begins"

@@ -24,6 +24,13 @@ from mechattr.steering import SteeringVector
 TALK = {"prompt": None, "given": (), "mask": None, "inside": False}
 
 
+class Forgetful(dict):
+    """Holds nothing."""
+
+    def __setitem__(self, _key: Any, _value: Any) -> None:
+        pass
+
+
 def together(works: list[Callable[[], Any]], times: int = 6) -> list[list[Any]]:
     """What each piece of work gives in a thread of its own, while the others go on."""
     found: list[list[Any]] = [[] for _ in works]
@@ -129,7 +136,9 @@ def test_threads_of_one_bare_model_take_turns() -> None:
 def test_a_prompt_belongs_to_its_thread(shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """`shared` is the control: one prompt for all threads, so that the other thread's decides what is generated."""
     if shared:
-        monkeypatch.setattr("mechattr.models.attached._Talk", lambda: SimpleNamespace(**TALK, planned={}))
+        monkeypatch.setattr(
+            "mechattr.models.attached._Talk", lambda: SimpleNamespace(**TALK, planned={}, told=Forgetful())
+        )
     model = families.hooked("llama")
     bare, v, rows = model.model, everywhere(model), families.tokens(1, 3)
     said: list[torch.Tensor] = []
