@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ def token_rows(model: HookedModel, texts: Sequence[Text], prompts: Sequence[Text
         SettingError: no texts, something else than texts or ids, not one prompt a text, a text and a prompt of which
             one has ids, an id that the model does not know, or no tokenizer.
     """
-    if isinstance(texts, str) or not len(texts):
+    if isinstance(texts, str) or not hasattr(texts, "__len__") or not len(texts):
         raise SettingError("texts", "one text" if isinstance(texts, str) else "none", "give a list of texts")
     if prompts is not None and (isinstance(prompts, str) or len(prompts) != len(texts)):
         count = "one text" if isinstance(prompts, str) else f"{len(prompts)} for {len(texts)} texts"
@@ -135,7 +135,7 @@ def _ids(model: HookedModel, text: Text, number: int) -> list[int]:
                 f"text {number}", "this model has no tokenizer", "give ids, or load it with tokenizer=..."
             )
         return encode(model.tokenizer, text)
-    ids = list(text)
+    ids = list(text) if isinstance(text, Iterable) else [text]
     n = model.info.d_vocab
     if any(isinstance(i, bool) or not isinstance(i, int) or i not in range(n) for i in ids):
         raise SettingError(f"text {number}", f"{ids!r:.60}", f"give a text, or ids from 0 to {n - 1}")

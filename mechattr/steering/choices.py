@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -45,7 +45,7 @@ class Question:
             raise SettingError(shown, "no text", "give the text of the question")
         for name in ("correct", "incorrect"):
             given = getattr(self, name)
-            texts = () if isinstance(given, str) else tuple(given)
+            texts = tuple(given) if isinstance(given, Iterable) and not isinstance(given, str) else ()
             if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
                 raise SettingError(shown, f"{name}={given!r:.80}", "give at least one text, and none that is empty")
             if len(set(texts)) < len(texts):
@@ -101,6 +101,8 @@ def multiple_choice(
     given = _checked(questions)
     if not isinstance(template, str) or PLACE not in template:
         raise SettingError(f"template={template!r:.60}", f"no {PLACE}", "say where the question stands")
+    if not isinstance(separator, str):
+        raise SettingError(f"separator={separator!r:.60}", f"a {type(separator).__name__}", "give a text")
     before = [template.replace(PLACE, question.question) for question in given]
     of = [i for i, question in enumerate(given) for _ in question.answers]
     answers = [separator + answer for question in given for answer in question.answers]
@@ -145,7 +147,7 @@ def _check_room(model: HookedModel, rows: Sequence[Sequence[int]], of: Sequence[
 
 
 def _checked(questions: Any) -> list[Question]:
-    given = [] if isinstance(questions, str | Question) else list(questions)
+    given = list(questions) if isinstance(questions, Iterable) and not isinstance(questions, str) else []
     if not given or not all(isinstance(question, Question) for question in given):
         found = f"a {type(questions).__name__}" if not given and questions else "none" if not given else "other things"
         raise SettingError("questions", found, "give a list of Question(question, correct, incorrect)")

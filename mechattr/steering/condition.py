@@ -88,6 +88,9 @@ def condition(
         numbers = [] if isinstance(thresholds, str) else list(thresholds)
         if not numbers or not all(isinstance(x, int | float) and math.isfinite(x) for x in numbers):
             raise SettingError(f"thresholds={thresholds!r:.60}", "no finite numbers", "give some, or leave them out")
+    if not callable(builder):
+        fix = "give a function such as mechattr.steering.mean_difference"
+        raise SettingError(f"builder={builder!r:.60}", f"a {type(builder).__name__}", fix)
     given = check_pairs(pairs)
     n = len(given)
     if n < 3:

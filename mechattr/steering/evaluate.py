@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -10,12 +10,13 @@ from mechattr.errors import SettingError
 from mechattr.labelled import Labelled
 from mechattr.models.base import Batch, HookedModel
 from mechattr.provenance import provenance
+from mechattr.steering.answers import check_batch_size
 from mechattr.steering.controls import mean_lengths, random_like, random_of
 from mechattr.steering.evaluation import SteeringEvaluation
 from mechattr.steering.gates import Gate, digest_of
 from mechattr.steering.operators import Operation
 from mechattr.steering.preference import Triples
-from mechattr.steering.prompted import Steering, Where, check_where
+from mechattr.steering.prompted import Steering, Where, check_steering, check_where
 from mechattr.steering.scored import MULTIPLIERS, check_multipliers, items, names_of, texts
 from mechattr.steering.stacked import Steered
 from mechattr.steering.vector import SteeringVector
@@ -90,7 +91,12 @@ def evaluate(
     """
     numbers = check_multipliers(multipliers)
     check_where(positions, operator, gate)
-    _check(triples, random, generate, judge, prompting)
+    check_batch_size(batch_size)
+    check_steering("vector", vector)
+    if shuffled is not None:
+        check_steering("shuffled", shuffled)
+    triples = list(triples) if isinstance(triples, Iterator) else triples  # they are read more than once
+    _check(triples, random, generate, judge, prompting, seed)
     how = (numbers, positions, operator, gate, batch_size, progress)
     measured = items(model, triples)
     prompted = None
@@ -161,10 +167,12 @@ def _random(
     return [random_of(model, lengths, seed) for seed in seeds]
 
 
-def _check(triples: Any, random: Any, generate: Any, judge: Any, prompting: Any) -> None:
+def _check(triples: Any, random: Any, generate: Any, judge: Any, prompting: Any, seed: Any) -> None:
     for name, number, first in (("random", random, 1), ("generate", generate, 0)):
         if isinstance(number, bool) or not isinstance(number, int) or number < first:
             raise SettingError(f"{name}={number!r}", "no such number", f"give a whole number from {first}")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise SettingError(f"seed={seed!r:.60}", "no seed", "give a whole number")
     if judge is not None and not (callable(judge) and generate):
         found = "no texts to judge" if callable(judge) else f"a {type(judge).__name__}"
         raise SettingError("judge", found, "give a function of texts, and generate= tokens")

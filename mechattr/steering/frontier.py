@@ -30,6 +30,9 @@ class Frontier:
     labels: tuple[Label, ...]
     budget: float = BUDGET
 
+    def __post_init__(self) -> None:
+        _check_budget(self.budget)
+
     @property
     def curve(self) -> tuple[Float[Tensor, " vertex"], Float[Tensor, " vertex"]]:
         """Side effect and effect at the vertices of the frontier, from (0, 0) on; see `vertices`."""

@@ -106,9 +106,24 @@ def check_reached(positions: Where, batch: Batch, starts: Int[Tensor, " row"]) -
     Raises:
         SettingError: it has not.
     """
-    if not isinstance(positions, str) and not bool(_columns(positions, batch, starts).any()):
+    whole = isinstance(positions, str) and positions == "all"
+    if not whole and not bool(_columns(positions, batch, starts).any()):
         found = f"texts of up to {int(batch.lengths.max())} tokens"
-        raise SettingError(f"positions={list(positions)}", found, "name positions that texts have")
+        if positions == "generated":
+            found = "prompts without answers"
+        shown = repr(positions) if isinstance(positions, str) else list(positions)
+        raise SettingError(f"positions={shown}", found, "name positions that texts have")
+
+
+def check_steering(name: str, given: Any) -> None:
+    """Whether something steers.
+
+    Raises:
+        SettingError: it does not.
+    """
+    if not isinstance(given, Steering):
+        fix = "give what a builder makes, or from_direction(model, direction)"
+        raise SettingError(name, f"a {type(given).__name__}", fix)
 
 
 def check_where(positions: Any, operator: Any, gate: Any) -> None:
@@ -129,5 +144,5 @@ def check_where(positions: Any, operator: Any, gate: Any) -> None:
     if gate is not None and not isinstance(gate, Gate) and not callable(gate):
         fix = "give a condition, a rule of conditions, or a function of the batch"
         raise SettingError("gate", f"a {type(gate).__name__}", fix)
-    if not callable(operator) and operator not in OPERATORS:
+    if not callable(operator) and not (isinstance(operator, str) and operator in OPERATORS):
         raise UnknownNameError(f"operator={operator!r}", "no such operator", nearest(str(operator), OPERATORS))

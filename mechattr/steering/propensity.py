@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mechattr.models.base import HookedModel
 from mechattr.models.halving import Halving
+from mechattr.steering.answers import check_batch_size
 from mechattr.steering.preference import Triples, answer_log_probabilities, sequences
 
 
@@ -29,6 +30,7 @@ def propensity(model: HookedModel, triples: Triples, *, batch_size: int = 32) ->
     Cost:
         2 forward passes a triple.
     """
+    check_batch_size(batch_size)
     batch, starts = sequences(model, triples)
 
     def scores(rows: Sequence[int]) -> list[Tensor]:
@@ -37,5 +39,5 @@ def propensity(model: HookedModel, triples: Triples, *, batch_size: int = 32) ->
         return list(answer_log_probabilities(model.run(part).logits, part, starts[index]))
 
     found = Halving(batch_size)(range(len(batch)), scores)
-    matching, other = torch.stack(found).split(len(triples))
+    matching, other = torch.stack(found).split(len(batch) // 2)
     return matching - other

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -70,7 +70,7 @@ def texts(model: HookedModel, neutral: Any, positions: Where) -> Rows:
     Raises:
         SettingError: something else than texts, or an empty one.
     """
-    given = [neutral] if isinstance(neutral, str) else list(neutral)
+    given = [neutral] if isinstance(neutral, str) else list(neutral) if isinstance(neutral, Iterable) else [neutral]
     for i, one in enumerate(given):
         if not isinstance(one, str) or not one:
             raise SettingError(f"neutral text {i}", f"{one!r:.60}", "give texts that are not empty")

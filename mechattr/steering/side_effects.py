@@ -25,6 +25,8 @@ from mechattr.steering.answers import (
     token_rows,
 )
 
+OPENER = "give a function that opens a block: lambda: vector.apply(model, multiplier=2.0)"
+
 
 def kl_of_logits(
     base: Float[Tensor, "text pos d_vocab"],
@@ -95,8 +97,7 @@ def kl_to_base(
     check_causal(model, "KL of next tokens")
     check_batch_size(batch_size)
     if not callable(steered):
-        fix = "give a function that opens a block: lambda: vector.apply(model, multiplier=2.0)"
-        raise SettingError("the steered model", f"a {type(steered).__name__}", fix)
+        raise SettingError("the steered model", f"a {type(steered).__name__}", OPENER)
     rows = token_rows(model, texts)
     if not all(rows):
         raise SettingError(f"text {[bool(row) for row in rows].index(False)}", "no tokens", "leave it out")
@@ -104,7 +105,10 @@ def kl_to_base(
     def values(part: Sequence[int]) -> list[Tensor]:
         batch = batch_of(model, [rows[i] for i in part])
         base = model.run(batch).logits
-        with steered():
+        block = steered()
+        if not isinstance(block, AbstractContextManager):
+            raise SettingError("the steered model", f"a function that gives a {type(block).__name__}", OPENER)
+        with block:
             moved = model.run(batch).logits
         return list(kl_of_logits(base, moved, batch.mask))
 

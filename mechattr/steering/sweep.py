@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -123,6 +123,8 @@ def _by_layer(vectors: Any, layers: Sequence[int] | None) -> dict[int, Steering]
         raise SettingError("vectors of a sweep", f"{type(vectors).__name__}", fix)
     if layers is None:
         return by_layer
+    if not isinstance(layers, Iterable):
+        raise SettingError(f"layers={layers!r:.60}", f"a {type(layers).__name__}", "give a list of layers")
     missing = [layer for layer in layers if layer not in by_layer]
     if missing or not layers:
         raise SettingError(f"layers={list(layers)}", f"vectors of layers {list(by_layer)}", "name some of these")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 from mechattr.errors import SettingError
 
@@ -58,7 +59,8 @@ def repetition(rows: Sequence[Row], n: int = 4) -> list[float]:
 
 
 def _grams(row: Row, n: int) -> list[tuple[Hashable, ...]]:
-    items: Sequence[Hashable] = row.split() if isinstance(row, str) else row
+    whole: Sequence[Any] = row.split() if isinstance(row, str) else row
+    items = [one.item() if hasattr(one, "item") else one for one in whole]  # equal numbers of tensors are not the same
     return [tuple(items[i : i + n]) for i in range(len(items) - n + 1)]
 
 

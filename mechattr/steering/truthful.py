@@ -39,7 +39,10 @@ def truthfulqa(path: str | os.PathLike[str]) -> list[Question]:
         text = file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise SettingError(f"{file.name} as UTF-8", str(error), "save the file as UTF-8") from error
-    questions = [_question(fields, f"line {line} of {file.name}") for line, fields in _records(text, file.name)]
+    try:
+        questions = [_question(fields, f"line {line} of {file.name}") for line, fields in _records(text, file.name)]
+    except csv.Error as error:
+        raise SettingError(f"{file.name} as CSV", str(error), "close the quotation marks of each field") from error
     if not questions:
         raise SettingError(f"questions from {file.name}", "no line behind the header", "give at least one question")
     return questions

@@ -151,11 +151,13 @@ def test_inside_a_block_it_is_of_the_steered_model(model: HookedModel) -> None:
 
 
 def test_what_cannot_be_asked_is_refused(model: HookedModel) -> None:
-    for given, found in (([], "none"), ("why", "a str"), (["why"], "other things")):
+    for given, found in (([], "none"), (None, "none"), ("why", "a str"), (["why"], "other things")):
         with pytest.raises(SettingError, match=f"questions\n  found: {found}\n  fix: give a list of Question"):
             multiple_choice(model, given)  # type: ignore[arg-type]
     with pytest.raises(SettingError, match=r"no \{question\}\n  fix: say where the question stands"):
         multiple_choice(model, QUESTIONS, template="Q:")
+    with pytest.raises(SettingError, match=r"separator=3\n  found: a int"):
+        multiple_choice(model, QUESTIONS, separator=3)  # type: ignore[arg-type]
     with pytest.raises(SettingError, match=r"questions 1 \(1\)\n  found: up to 22\d tokens with an answer; the model"):
         multiple_choice(model, [QUESTIONS[0], Question("cow" + " lion" * 220, ("a",), ("b",))])
     empty = ("a", ""), ("b",)
@@ -163,6 +165,7 @@ def test_what_cannot_be_asked_is_refused(model: HookedModel) -> None:
         (("", ("a",), ("b",)), "no text"),
         (("q", *empty), "none that is empty"),
         (("q", "a", ("b",)), "give at least one text"),
+        (("q", None, ("b",)), "correct=None\n  fix: give at least one text"),
         (("q", ("a", "a"), ("b",)), "correct answer twice: 'a'"),
         (("q", ("a",), ("b",), 1), r"best=1 of question 'q'\n  found: 1 right answers\n  fix: count them from 0"),
     ):
@@ -230,6 +233,8 @@ def test_a_bad_file_is_named(tmp_path: Path) -> None:
         ma.steering.truthfulqa(tmp_path / "q.csv")
     with pytest.raises(SettingError, match=r"columns of q.csv\n  found: no Category, Best Answer"):
         ma.steering.truthfulqa(written(tmp_path / "q.csv", "Question,Correct Answers,Incorrect Answers\n"))
+    with pytest.raises(SettingError, match=r"q.csv as CSV\n  found: field larger than field limit"):
+        ma.steering.truthfulqa(written(tmp_path / "q.csv", f'{HEADER}x,"{"y" * 140_000}\n'))
     (tmp_path / "q.csv").write_bytes(HEADER.encode() + b"\xff")
     with pytest.raises(SettingError, match=r"q.csv as UTF-8\n  found: 'utf-8' codec can't decode"):
         ma.steering.truthfulqa(tmp_path / "q.csv")

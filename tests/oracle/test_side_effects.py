@@ -159,6 +159,11 @@ def test_what_does_not_fit_is_refused(model: HookedModel, vector: SteeringVector
         steering.perplexity(model, TEXTS, batch_size=0)
     with pytest.raises(SettingError, match=r"text 1\n  found: no tokens\n  fix: leave it out"):
         steering.kl_to_base(model, [[1], []], lambda: vector.apply(model))
+    with pytest.raises(SettingError, match=r"found: a function that gives a NoneType"):
+        steering.kl_to_base(model, [[1, 2]], lambda: None)  # type: ignore[arg-type,return-value]
+    for texts in (None, 3):
+        with pytest.raises(SettingError, match=r"texts\n  found: none"):
+            steering.perplexity(model, texts)  # type: ignore[arg-type]
     with pytest.raises(SettingError, match=r"fix: give a function that opens a block: lambda: vector.apply"):
         steering.kl_to_base(model, TEXTS, vector)  # type: ignore[arg-type]
     with pytest.raises(SettingError, match=r"logits to compare\n  found: base \[1, 2, 3\], steered \[2, 2, 3\]"):

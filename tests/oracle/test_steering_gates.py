@@ -327,3 +327,5 @@ def test_conditions_that_are_none() -> None:
             ma.steering.condition(model, data, layers=[1], **settings)
     with pytest.raises(UnknownNameError, match="did you mean 'tanh'"):
         ma.steering.condition(model, pairs, layers=[1], similarity="tan")
+    with pytest.raises(SettingError, match="builder='pca'\n  found: a str"):
+        ma.steering.condition(model, pairs, layers=[1], builder="pca")  # type: ignore[arg-type]

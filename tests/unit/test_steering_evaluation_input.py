@@ -53,6 +53,10 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "behind every text": ({"positions": [9]}, SettingError, "name positions that texts have"),
     "no position": ({"positions": []}, SettingError, "name positions that texts have"),
     "no such operator": ({"operator": "subtract"}, UnknownNameError, "no such operator"),
+    "a list of operators": ({"operator": ["add"]}, UnknownNameError, "no such operator"),
+    "no rows at once": ({"batch_size": 0}, SettingError, "batch_size=0\n  found: no number of rows"),
+    "half a row": ({"batch_size": 1.5}, SettingError, "batch_size=1.5"),
+    "a number as texts": ({"neutral": 3}, SettingError, "neutral text 0\n  found: 3"),
     "a gate of rows": ({"gate": [True, False]}, SettingError, "give a condition"),
     "a gate behind what is steered": ({"gate": LATE}, SettingError, "which comes before it"),
     "an empty text": ({"neutral": ["a", ""]}, SettingError, "neutral text 1"),
@@ -105,6 +109,8 @@ def test_vectors_data_and_models_that_do_not_fit(model: HookedModel, vector: Ste
         ({"random": 0}, "random=0"),
         ({"random": True}, "random=True"),
         ({"generate": -1}, "generate=-1"),
+        ({"seed": 1.5}, "seed=1.5\n  found: no seed"),
+        ({"shuffled": [1]}, "shuffled\n  found: a list\n  fix: give what a builder makes"),
         ({"judge": len}, "no texts to judge"),
         ({"judge": 3, "generate": 2}, "a int"),
         ({"prompting": 3}, "prompting"),
@@ -119,9 +125,29 @@ def test_what_an_evaluation_refuses(model: HookedModel, vector: SteeringVector, 
         ma.steering.evaluate(model, vector, TRIPLES, multipliers=[0.1], **how)
 
 
+def test_a_tensor_is_no_vector(model: HookedModel) -> None:
+    with pytest.raises(SettingError, match=r"vector\n  found: a Tensor\n  fix: give what a builder makes, or from_dir"):
+        ma.steering.evaluate(model, torch.ones(16), TRIPLES)  # type: ignore[arg-type]
+
+
+def test_triples_can_come_one_by_one(model: HookedModel, vector: SteeringVector) -> None:
+    """They are read a second time, with a prompt in front."""
+    how: dict[str, Any] = {"multipliers": [1.0], "random": 1, "prompting": "a b "}
+    given = ma.steering.evaluate(model, vector, iter(TRIPLES), **how)  # type: ignore[arg-type]
+    wanted = ma.steering.evaluate(model, vector, TRIPLES, **how)
+    for name, table in wanted.tensors.items():
+        assert torch.equal(given.tensors[name].values, table.values)
+    assert torch.equal(ma.steering.propensity(model, iter(TRIPLES)), wanted.base)  # type: ignore[arg-type]
+    with pytest.raises(SettingError, match="batch_size=0"):
+        ma.steering.propensity(model, TRIPLES, batch_size=0)
+
+
 def test_a_task_cannot_be_prompted() -> None:
     model = ma.load("tiny")
     task = ma.tasks.make(model, "subject_verb", n=2, seed=0)
+    with pytest.raises(SettingError, match=r"positions='generated'\n  found: prompts without answers"):
+        one = SteeringVector.of({SITES[0]: torch.ones(model.info.d_model)})
+        ma.steering.evaluate(model, one, task, positions="generated")
     with pytest.raises(SettingError, match="a task, whose prompts are tokens"):
         one = SteeringVector.of({SITES[0]: torch.ones(model.info.d_model)})
         ma.steering.evaluate(model, one, task, prompting="Please: ")
@@ -132,6 +158,8 @@ def test_what_a_sweep_refuses(model: HookedModel, vector: SteeringVector) -> Non
         ma.steering.sweep(model, vector, TRIPLES, layers=[0, 2])
     with pytest.raises(SettingError, match="vectors of layers"):
         ma.steering.sweep(model, vector, TRIPLES, layers=[])
+    with pytest.raises(SettingError, match="layers=1\n  found: a int"):
+        ma.steering.sweep(model, vector, TRIPLES, layers=1)  # type: ignore[arg-type]
     with pytest.raises(SettingError, match=r"use mechattr\.steering\.evaluate"):
         ma.steering.sweep(model, SteeringVector.of({full_name("embed"): torch.ones(model.info.d_model)}), TRIPLES)
     for given in ({}, [vector], {0: "v"}):
@@ -146,6 +174,9 @@ def test_what_a_result_does_not_have(model: HookedModel, vector: SteeringVector)
             measure()
     with pytest.raises(SettingError, match="give neutral= texts"):
         found.frontier()
+    priced = ma.steering.evaluate(model, vector, TRIPLES, multipliers=[0.5], random=1, neutral=["a b"])
+    with pytest.raises(SettingError, match="budget=0"):
+        priced.frontier(budget=0)  # at once, not where a number of it is asked for
     with pytest.raises(UnknownNameError, match="did you mean 'vector'"):
         found.effects("vektor")
     assert found.prompting is None and "multiplier 0.5: effect" in found.summary

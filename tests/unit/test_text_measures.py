@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 
 import mechattr as ma
 from mechattr.errors import SettingError
@@ -48,6 +49,14 @@ def test_repetition_is_counted_text_by_text() -> None:
     assert ma.steering.repetition(texts, 1) == [0.0, 0.0]
     pooled = 1 - ma.steering.distinct_n(texts, 1)
     assert pooled == 0.5  # what a count over all texts would say
+
+
+def test_numbers_of_tensors_are_equal_where_they_are() -> None:
+    """Elements of a tensor are objects of their own, of which no two are the same key of a set."""
+    rows = torch.tensor([[1, 2, 1, 2]])
+    assert len(set(rows[0])) == 4  # control: why they are made numbers
+    for given in (rows, list(rows), [list(rows[0])], rows.numpy()):
+        assert ma.steering.distinct_n(given, 2) == 2 / 3 and ma.steering.repetition(given, 2) == [1 / 3]  # type: ignore[arg-type]
 
 
 def test_what_cannot_be_measured_is_refused() -> None:
