@@ -26,6 +26,14 @@ def check_asked(gradients: Sequence[str], metric: Metric | None, visit: Visit | 
         raise SettingError("gradients", "no metric to differentiate", "pass metric=task.metric or a function")
     if visit is not None and not gradients:
         raise SettingError("visit", "no site whose gradient is asked for", "name sites with gradients=")
+    check_differentiable(bool(gradients))
+
+
+def check_differentiable(asked: bool) -> None:
+    """Whether gradients can be had where they are asked for: in inference mode all of them would be zero."""
+    if asked and torch.is_inference_mode_enabled():
+        found = "torch.inference_mode, in which torch keeps no graph"
+        raise ModelStateError("gradients", found, "leave it, or use torch.no_grad, which changes nothing here")
 
 
 def check_result(taps: Taps) -> None:

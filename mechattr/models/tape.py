@@ -20,6 +20,7 @@ from mechattr.models.rules import Rules, check_rules
 from mechattr.models.run_checks import (
     check_asked,
     check_batched,
+    check_differentiable,
     check_finite,
     check_fired,
     check_metric,
@@ -215,6 +216,7 @@ def make_tape(
         NonFiniteError: NaN or infinity at a real token, with the first site that has it.
     """
     taps = plan(info, sites, batch, record, edits, metric, gradients, rules, start, dictionaries)
+    check_differentiable(bool(taps.gradients))
     taps.checkpoint, taps.watch = checkpoint and bool(taps.gradients), Watch(keeps=visited)
     with torch.enable_grad() if taps.gradients else torch.no_grad():
         logits = forward(taps)
