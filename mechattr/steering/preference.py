@@ -13,7 +13,7 @@ from torch import Tensor
 from mechattr.engines.paths import path_gradients
 from mechattr.errors import SettingError, UnknownNameError, UnsupportedFeatureError, nearest
 from mechattr.models.base import Batch, HookedModel
-from mechattr.steering.answers import check_causal
+from mechattr.steering.answers import check_causal, picked_log_probabilities
 
 Triples = Sequence[tuple[Any, ...]]  # (prompt, preferred answer, dispreferred answer), and an image or a list of them
 TARGETS = ("sequence", "last_token", "repo")
@@ -167,11 +167,7 @@ def answer_log_probabilities(
     logits: Float[Tensor, "row pos d_vocab"], batch: Batch, starts: Int[Tensor, " row"]
 ) -> Float[Tensor, " row"]:
     """The log-probability of each row's tokens from its position `starts` on, in nats, in float32 or wider."""
-    wanted = batch.positions[:, 1:] >= starts[:, None]
-    before, after = logits[:, :-1][wanted], batch.tokens[:, 1:][wanted]
-    before = before.to(torch.promote_types(before.dtype, torch.float32))
-    log_p = before.gather(1, after[:, None])[:, 0] - before.logsumexp(-1)
-    return log_p.new_zeros(wanted.shape).masked_scatter(wanted, log_p).sum(1)
+    return torch.stack([tokens.sum() for tokens in picked_log_probabilities(logits, batch, starts)])
 
 
 def checked(triples: Any) -> list[tuple[str, str, str, list[Any]]]:
