@@ -37,7 +37,9 @@ def token_rows(model: HookedModel, texts: Sequence[Text], prompts: Sequence[Text
         SettingError: no texts, something else than texts or ids, not one prompt a text, a text and a prompt of which
             one has ids, an id that the model does not know, or no tokenizer.
     """
-    if isinstance(texts, str) or not hasattr(texts, "__len__") or not len(texts):
+    if not hasattr(texts, "__len__"):
+        raise SettingError("texts", f"a {type(texts).__name__}", "give a list of texts")
+    if isinstance(texts, str) or not len(texts):
         raise SettingError("texts", "one text" if isinstance(texts, str) else "none", "give a list of texts")
     if prompts is not None and (isinstance(prompts, str) or len(prompts) != len(texts)):
         count = "one text" if isinstance(prompts, str) else f"{len(prompts)} for {len(texts)} texts"

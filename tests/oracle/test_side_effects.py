@@ -161,8 +161,8 @@ def test_what_does_not_fit_is_refused(model: HookedModel, vector: SteeringVector
         steering.kl_to_base(model, [[1], []], lambda: vector.apply(model))
     with pytest.raises(SettingError, match=r"found: a function that gives a NoneType"):
         steering.kl_to_base(model, [[1, 2]], lambda: None)  # type: ignore[arg-type,return-value]
-    for texts in (None, 3):
-        with pytest.raises(SettingError, match=r"texts\n  found: none"):
+    for texts, kind in ((None, "NoneType"), (3, "int")):
+        with pytest.raises(SettingError, match=f"texts\n  found: a {kind}\n  fix: give a list of texts"):
             steering.perplexity(model, texts)  # type: ignore[arg-type]
     with pytest.raises(SettingError, match=r"fix: give a function that opens a block: lambda: vector.apply"):
         steering.kl_to_base(model, TEXTS, vector)  # type: ignore[arg-type]
