@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import inf
 
 import torch
 
@@ -11,6 +10,7 @@ from mechattr.errors import SettingError
 from mechattr.models.base import HookedModel
 from mechattr.steering.data import Sites
 from mechattr.steering.made import Pairs, of_pairs, seen_at
+from mechattr.steering.numbers import check_positive
 from mechattr.steering.vector import SteeringVector
 
 
@@ -80,8 +80,7 @@ def mass_mean(
     References:
         Marks, Tegmark (2023), The Geometry of Truth, arXiv 2310.06824.
     """
-    if isinstance(ridge, bool) or not isinstance(ridge, int | float) or not 0 < ridge < inf:
-        raise SettingError(f"ridge={ridge!r}", "no penalty", "give a number above 0")
+    check_positive("ridge", ridge)
     found = seen_at(model, pairs, layers, sites, positions, batch_size, scatter=True)
     directions = {}
     for name, m in found.items():

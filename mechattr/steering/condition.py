@@ -18,6 +18,7 @@ from mechattr.steering.builders import mean_difference
 from mechattr.steering.conditions import COMPARATORS, SIMILARITIES, Condition
 from mechattr.steering.data import Sites, check_pairs, sides
 from mechattr.steering.made import Pairs
+from mechattr.steering.numbers import check_share
 from mechattr.steering.vector import SteeringVector
 
 
@@ -82,8 +83,7 @@ def condition(
     """
     if similarity not in SIMILARITIES:
         raise UnknownNameError(f"similarity={similarity!r}", "no such name", nearest(str(similarity), SIMILARITIES))
-    if isinstance(held_out, bool) or not isinstance(held_out, int | float) or not 0 < held_out < 1:
-        raise SettingError(f"held_out={held_out!r}", "no share", "give a number between 0 and 1")
+    check_share("held_out", held_out)
     if thresholds is not None:
         numbers = [] if isinstance(thresholds, str) else list(thresholds)
         if not numbers or not all(isinstance(x, int | float) and math.isfinite(x) for x in numbers):

@@ -14,6 +14,7 @@ from torch import Tensor
 from mechattr.errors import SettingError, nearest
 from mechattr.models.base import Batch, HookedModel
 from mechattr.sites import Node, expand, full_name, parse, site_spec
+from mechattr.steering.numbers import check_count
 
 POSITIONS = ("last", "mean")
 Sites = str | Sequence[str | Node] | None
@@ -114,8 +115,7 @@ def sides(
     Cost:
         2 forward passes a pair.
     """
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise SettingError(f"batch_size={batch_size!r}", "no number of pairs", "give a whole number from 1")
+    check_count("batch_size", batch_size)
     for begin in range(0, len(pairs), batch_size):
         part = pairs[begin : begin + batch_size]
         batch = model.tokenize([text for side in range(2) for text in (pair[side] for pair in part)])
@@ -131,6 +131,22 @@ def sides(
             both = picked(cache[site].values, batch, positions).flatten(1)
             found.append(Sides(site, *both.split(n)))
         yield found
+
+
+def collected(
+    model: HookedModel, pairs: Any, sites: Sequence[str], positions: str | int, batch_size: int
+) -> dict[str, Sides]:
+    """The activations of all pairs by site, on the CPU; see `sides`."""
+    parts = sides(model, check_pairs(pairs), sites, positions=positions, batch_size=batch_size)
+    return {
+        site: Sides(site, torch.cat([p.positive.cpu() for p in part]), torch.cat([p.negative.cpu() for p in part]))
+        for site, part in zip(sites, zip(*parts, strict=True), strict=True)
+    }
+
+
+def nodes_of(sites: Sites) -> list[Node]:
+    """The nodes among sites."""
+    return [] if sites is None or isinstance(sites, str) else [node for node in sites if isinstance(node, Node)]
 
 
 def shape_at(model: HookedModel, site: str) -> tuple[int, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,10 +12,10 @@ from torch import Tensor
 
 from mechattr.errors import SettingError
 from mechattr.models.base import HookedModel
-from mechattr.steering.data import Sides, Sites, check_pairs, sides
-from mechattr.steering.lesson import check_count, check_positive
+from mechattr.steering.data import Sites, check_pairs, collected
 from mechattr.steering.made import Pairs
 from mechattr.steering.moving import Moving, whole_sites
+from mechattr.steering.numbers import check_count, check_positive
 
 
 def chosen(
@@ -70,10 +70,10 @@ class GAct(Moving):
         self._check_fit(model)
         positions: Any = self.settings["positions"]
         tensors = dict(self.tensors)
-        for name, side in _collected(model, pairs, self.sites, positions, batch_size).items():
+        for name, side in collected(model, pairs, self.sites, positions, batch_size).items():
             centroids, weight, bias = (part.double() for part in self.parts(name))
             labels = torch.cdist(side.difference, centroids).argmin(1).repeat(2)
-            x, middle, scale = _standard(torch.cat([side.positive, side.negative]))
+            x, middle, scale = _standard(torch.cat([side.positive, side.negative]).double())
             weight, bias = weight * scale, bias + weight @ middle
             wanted = torch.nn.functional.one_hot(labels, len(centroids)).double()
             for _ in range(steps):
@@ -135,10 +135,10 @@ def g_act(
         raise SettingError(f"clusters={clusters!r}", f"{len(given)} pairs", "give a whole number from 1 to that")
     check_positive("penalty", penalty)
     parts, lengths, sizes, accuracy = {}, {}, {}, {}
-    for name, side in _collected(model, given, names, positions, batch_size).items():
+    for name, side in collected(model, given, names, positions, batch_size).items():
         labels = _labels(side.difference, clusters, seed)
         centroids = torch.stack([side.difference[labels == k].mean(0) for k in range(clusters)])
-        x = torch.cat([side.positive, side.negative])
+        x = torch.cat([side.positive, side.negative]).double()
         weight, bias = _probe(x, labels.repeat(2), penalty)
         parts[name] = [centroids, weight, bias]
         lengths[name] = float(x.norm(dim=-1).mean())
@@ -183,20 +183,6 @@ def _probe(
         weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
     weight = weight / scale
     return weight, bias - weight @ middle
-
-
-def _collected(
-    model: HookedModel, pairs: Pairs, names: Sequence[str], positions: str | int, batch_size: int
-) -> dict[str, Sides]:
-    """The states of all pairs by site, in float64."""
-    parts: Iterable[list[Sides]] = sides(model, check_pairs(pairs), names, positions=positions, batch_size=batch_size)
-    columns = zip(*parts, strict=True)
-    return {
-        name: Sides(
-            name, *(torch.cat([getattr(p, s).double().cpu() for p in column]) for s in ("positive", "negative"))
-        )
-        for name, column in zip(names, columns, strict=True)
-    }
 
 
 def _standard(x: Float[Tensor, "row d"]) -> tuple[Float[Tensor, "row d"], Float[Tensor, " d"], Tensor]:

@@ -15,6 +15,7 @@ from mechattr.models.base import HookedModel
 from mechattr.models.halving import Halving
 from mechattr.steering.data import POSITIONS, Sites, check_positions, chosen_sites, picked, shape_at
 from mechattr.steering.made import made
+from mechattr.steering.numbers import check_count
 from mechattr.steering.preference import TokenScores, Triples, checked, token_scores
 from mechattr.steering.removal import ABLATIONS, Removal
 from mechattr.steering.vector import SteeringVector
@@ -185,8 +186,7 @@ def _reduced(m: Moments, reduce: str) -> Float[Tensor, " d"]:
 
 
 def _check(k: Any, given: dict[str, str]) -> None:
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-        raise SettingError(f"k={k!r}", "no number of tokens", "give a whole number from 1")
+    check_count("k", k)
     for name, value in given.items():
         if value not in CHOICES[name]:
             raise UnknownNameError(f"{name}={value!r}", "no such choice", nearest(str(value), CHOICES[name]))

@@ -10,8 +10,9 @@ from torch import Tensor
 from mechattr.models.base import HookedModel
 from mechattr.sites import Node
 from mechattr.steering.data import Sites, chosen_sites, shape_at
-from mechattr.steering.lesson import Lesson, Trainee, check_positive
+from mechattr.steering.lesson import Lesson, Trainee
 from mechattr.steering.made import made
+from mechattr.steering.numbers import check_positive
 from mechattr.steering.preference import Triples
 from mechattr.steering.training import Schedule, descend
 from mechattr.steering.vector import SteeringVector

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import inf, log
+from math import log
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from mechattr.models.base import Batch, HookedModel
 from mechattr.models.edits import Edit
 from mechattr.models.halving import Halving
 from mechattr.models.operators import Place
+from mechattr.steering.numbers import check_count, check_positive
 from mechattr.steering.preference import Triples, answer_log_probabilities, sequences
 
 # rows of a triple: the preferred answer only, both, or both under steering forwards and backwards
@@ -218,26 +219,6 @@ def steered(batch: Batch, starts: Int[Tensor, " row"], positions: str | Sequence
         found = "no token there comes before one of an answer"
         raise SettingError(f"positions={positions!r}", found, "name others, or give longer answers")
     return chosen
-
-
-def check_count(name: str, value: Any) -> None:
-    """Whether an argument is a number of things.
-
-    Raises:
-        SettingError: it is none.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise SettingError(f"{name}={value!r}", "not a count", "give a whole number from 1")
-
-
-def check_positive(name: str, value: Any) -> None:
-    """Whether an argument is a number above 0.
-
-    Raises:
-        SettingError: it is none.
-    """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < inf:
-        raise SettingError(f"{name}={value!r}", "no positive number", "give a number above 0")
 
 
 def _pulled(trainee: Trainee, name: str, x: Tensor, behind: Tensor, factors: Tensor) -> list[Tensor]:

@@ -13,8 +13,7 @@ from mechattr.engines.moments import Moments
 from mechattr.errors import SettingError
 from mechattr.models.base import HookedModel
 from mechattr.provenance import provenance
-from mechattr.sites import Node
-from mechattr.steering.data import Sites, check_pairs, chosen_sites, shape_at, sides
+from mechattr.steering.data import Sites, check_pairs, chosen_sites, nodes_of, shape_at, sides
 from mechattr.steering.vector import SteeringVector
 
 Pairs = Sequence[tuple[str, str]]
@@ -89,8 +88,7 @@ def made(
     tensors = {n: x.float() if x.ndim > len(shapes[n]) else x.reshape(shapes[n]).float() for n, x in directions.items()}
     stamp = provenance({**asdict(model.info), **model.fingerprint()}, seed=seed)
     vector = SteeringVector.of(tensors, settings={"method": builder, "seed": seed, **settings}, provenance=stamp)
-    nodes = [node for node in ([] if sites is None or isinstance(sites, str) else sites) if isinstance(node, Node)]
-    vector = vector.only(sites) if nodes and sites is not None else vector
+    vector = vector.only(sites) if sites is not None and nodes_of(sites) else vector
     if not any(bool(table.values.any()) for table in vector.tensors.values()):
         found = f"no difference at {', '.join(vector.sites)}"
         raise SettingError(f"a vector of {builder}", found, "give other data, or read it at other positions or sites")

@@ -17,8 +17,7 @@ from mechattr.errors import MismatchError, SettingError
 from mechattr.labelled import Labelled
 from mechattr.models.base import HookedModel
 from mechattr.provenance import provenance
-from mechattr.sites import Node
-from mechattr.steering.data import Sites, chosen_sites, shape_at
+from mechattr.steering.data import Sites, chosen_sites, nodes_of, shape_at
 from mechattr.steering.gates import Given
 from mechattr.steering.placing import Move, Multiplier, Positions, hooked_model, placed
 
@@ -119,8 +118,7 @@ def whole_sites(model: HookedModel, layers: Sequence[int] | None, sites: Sites) 
         SettingError: also for nodes that are a part of a site.
     """
     names = chosen_sites(model, layers, sites)
-    nodes = [site for site in ([] if sites is None or isinstance(sites, str) else sites) if isinstance(site, Node)]
-    part = next((node for node in nodes if node.head is not None or node.neuron is not None), None)
+    part = next((node for node in nodes_of(sites) if node.head is not None or node.neuron is not None), None)
     if part is not None:
         found = "a function of the whole state"
         raise SettingError(f"steering at {part}", found, "name sites, such as 'resid_post'")

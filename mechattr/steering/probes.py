@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from math import inf
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,9 +12,10 @@ from torch import Tensor
 
 from mechattr.errors import SettingError, UnknownNameError, nearest
 from mechattr.models.base import HookedModel
-from mechattr.sites import Node, expand, parse, site_spec
-from mechattr.steering.data import Sides, Sites, check_pairs, chosen_sites, shape_at, sides
+from mechattr.sites import expand, parse, site_spec
+from mechattr.steering.data import Sides, Sites, check_pairs, chosen_sites, collected, nodes_of, shape_at
 from mechattr.steering.made import Pairs, made
+from mechattr.steering.numbers import check_count, check_positive, check_share
 from mechattr.steering.vector import SteeringVector
 
 DIRECTIONS = ("mass_mean", "probe")
@@ -47,9 +47,8 @@ def probe(
     Cost:
         2 forward passes a pair; memory for one vector a pair and site.
     """
-    if isinstance(penalty, bool) or not isinstance(penalty, int | float) or not 0 < penalty < inf:
-        raise SettingError(f"penalty={penalty!r}", "no penalty", "give a number above 0")
-    found = _collected(model, pairs, chosen_sites(model, layers, sites), positions, batch_size)
+    check_positive("penalty", penalty)
+    found = collected(model, pairs, chosen_sites(model, layers, sites), positions, batch_size)
     directions, lengths = {}, {}
     for name, side in found.items():
         d = side.positive.double() - side.negative.double()
@@ -98,10 +97,8 @@ def iti(
     """
     if direction not in DIRECTIONS:
         raise UnknownNameError(f"direction={direction!r}", "no such direction", nearest(str(direction), DIRECTIONS))
-    if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1:
-        raise SettingError(f"heads={heads!r}", "no number of heads", "give a whole number from 1")
-    if not isinstance(held_out, float) or not 0 < held_out < 1:
-        raise SettingError(f"held_out={held_out!r}", "no share", "give a number between 0 and 1")
+    check_count("heads", heads)
+    check_share("held_out", held_out)
     names = chosen_sites(model, layers, sites)
     if layers is not None:
         names = expand("z", model.sites(), layers=[layer for _, layer in map(parse, names) if layer is not None])
@@ -114,7 +111,7 @@ def iti(
         raise SettingError("pairs", f"{n}", "give at least 3: some are held out")
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     test, train = order[:kept], order[kept:]
-    found = _collected(model, pairs, names, positions, batch_size)
+    found = collected(model, pairs, names, positions, batch_size)
     allowed = _heads(model, names, sites)
     scored = []
     for name, head in allowed:
@@ -138,21 +135,10 @@ def iti(
 
 def _heads(model: HookedModel, names: Sequence[str], sites: Sites) -> list[tuple[str, int]]:
     """The candidates: every head, or those of nodes."""
-    nodes = [node for node in ([] if sites is None or isinstance(sites, str) else sites) if isinstance(node, Node)]
+    nodes = nodes_of(sites)
     wanted = {(node.site, node.layer, node.head) for node in nodes}
     every = [(name, head) for name in names for head in range(shape_at(model, name)[0])]
     return [(n, h) for n, h in every if not nodes or (*parse(n), h) in wanted or (*parse(n), None) in wanted]
-
-
-def _collected(
-    model: HookedModel, pairs: Pairs, names: Sequence[str], positions: str | int, batch_size: int
-) -> dict[str, Sides]:
-    parts: Iterable[list[Sides]] = sides(model, check_pairs(pairs), names, positions=positions, batch_size=batch_size)
-    columns = zip(*parts, strict=True)
-    return {
-        name: Sides(name, torch.cat([p.positive.cpu() for p in column]), torch.cat([p.negative.cpu() for p in column]))
-        for name, column in zip(names, columns, strict=True)
-    }
 
 
 def _both(side: Sides) -> tuple[Tensor, Tensor]:

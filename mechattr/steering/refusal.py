@@ -15,8 +15,8 @@ from mechattr.errors import SettingError
 from mechattr.models.base import Batch, HookedModel
 from mechattr.sites import full_name, parse
 from mechattr.steering.data import check_pairs, chosen_sites, picked
-from mechattr.steering.lesson import check_count
 from mechattr.steering.made import Pairs, made
+from mechattr.steering.numbers import check_count, check_share
 from mechattr.steering.vector import SteeringVector
 
 WRITES = ("resid_pre", "attn_out", "mlp_out")  # where the direction is taken away
@@ -71,9 +71,9 @@ def refusal(
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise SettingError(f"{name}={value!r}", f"a {type(value).__name__}", "give a number")
     check_count("batch_size", batch_size)
-    if len(given) < 2 or not isinstance(held_out, float) or not 0 < held_out < 1:
-        asked = f"held_out={held_out!r} of {len(given)} pairs"
-        raise SettingError(asked, "none held out", "give more pairs, or a share between 0 and 1")
+    check_share("held_out", held_out)
+    if len(given) < 2:
+        raise SettingError("held-out pairs", "one pair", "give more")
     if isinstance(positions, str | int) or not positions:
         raise SettingError(f"positions={positions!r}", "no list of positions", "give candidates, such as [-1, -2]")
     n = model.info.n_layers

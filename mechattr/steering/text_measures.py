@@ -6,6 +6,7 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 from mechattr.errors import SettingError
+from mechattr.steering.numbers import check_count
 
 # A text, whose words are counted, or anything else that is one after the other, such as ids of tokens.
 Row = str | Sequence[Hashable]
@@ -65,8 +66,7 @@ def _grams(row: Row, n: int) -> list[tuple[Hashable, ...]]:
 
 
 def _check(rows: Sequence[Row], n: int) -> None:
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-        raise SettingError(f"n={n!r}", "no length of an n-gram", "give a whole number from 1")
+    check_count("n", n)
     if isinstance(rows, str) or not len(rows):
         found = "one text" if isinstance(rows, str) else "none"
         raise SettingError("texts to measure", found, "give a list of texts, or of rows of token ids")

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mechattr.steering.lesson import Lesson, Trainee, check_count, check_positive
+from mechattr.steering.lesson import Lesson, Trainee
+from mechattr.steering.numbers import check_count, check_positive
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

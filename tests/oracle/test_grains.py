@@ -259,7 +259,7 @@ def test_what_does_not_fit_is_refused() -> None:
         ([("a", "b")], SettingError, {}, "triple 0"),
         ([("a", "b", "")], SettingError, {}, "triple 0"),
         ([("a", "b", "b")], SettingError, {}, "two equal answers"),
-        (WORDS, SettingError, {"k": 0}, "k=0\n  found: no number of tokens"),
+        (WORDS, SettingError, {"k": 0}, "k=0\n  found: not a count"),
         (WORDS, SettingError, {"layers": [9]}, r"layers=\[9\]"),
         (WORDS, SettingError, {"positions": "lats"}, "did you mean 'last'"),
         (WORDS, SettingError, {"positions": "promt_last"}, "did you mean 'prompt_last'"),

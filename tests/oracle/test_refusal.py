@@ -91,7 +91,7 @@ def test_swapped_sides_turn_the_direction_around() -> None:
 def test_what_does_not_fit_is_refused() -> None:
     model, _, pairs = refusing()
     cases: list[tuple[Any, dict[str, Any], str]] = [
-        (pairs[:1], {}, "of 1 pairs\n  found: none held out"),
+        (pairs[:1], {}, "held-out pairs\n  found: one pair"),
         (pairs, {"tokens": []}, r"tokens=\[\]\n  found: ids from 0 to 11"),
         (pairs, {"tokens": [12]}, "ids from 0 to 11"),
         (pairs, {"positions": "last"}, "no list of positions"),

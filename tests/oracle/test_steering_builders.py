@@ -300,7 +300,7 @@ def test_wrong_data_is_refused() -> None:
         (pairs, {}, "give layers= or sites=, not both"),
         (pairs, {"layers": [7]}, r"layers=\[7\]\n  found: a model with layers 0 to 0"),
         (pairs, {"layers": [0], "positions": "lats"}, "did you mean 'last'"),
-        (pairs, {"layers": [0], "batch_size": 0}, "batch_size=0\n  found: no number of pairs"),
+        (pairs, {"layers": [0], "batch_size": 0}, "batch_size=0\n  found: not a count"),
         (pairs, {"sites": []}, "where to steer\n  found: no sites"),
         (pairs, {"sites": "pattern"}, "steering at blocks.0.attn.hook_pattern"),
     ]

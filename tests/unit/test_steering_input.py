@@ -62,7 +62,7 @@ CASES: dict[str, tuple[Callable[[HookedModel], Any], str]] = {
     ),
     "ridge": (
         lambda m: mass_mean(m, PAIRS, layers=[1], ridge=float("inf")),
-        "ridge=inf\n  found: no penalty\n  fix: give a number above 0",
+        "ridge=inf\n  found: no positive number\n  fix: give a number above 0",
     ),
     "pairs": (
         lambda m: mean_difference(m, None, layers=[1]),  # type: ignore[arg-type]
@@ -91,7 +91,7 @@ CASES: dict[str, tuple[Callable[[HookedModel], Any], str]] = {
     ),
     "refusal held_out": (
         lambda m: refusal(m, PAIRS, **LIMITS, held_out="all"),  # type: ignore[arg-type]
-        "held_out='all' of 4 pairs\n  found: none held out\n  fix: give more pairs, or a share between 0 and 1",
+        "held_out='all'\n  found: no share\n  fix: give a number between 0 and 1",
     ),
     "refusal limits": (
         lambda m: refusal(m, PAIRS, **{**LIMITS, "max_kl": "0.1"}),

@@ -65,5 +65,5 @@ def test_what_cannot_be_measured_is_refused() -> None:
     with pytest.raises(SettingError, match="found: none"):
         ma.steering.repetition([])
     for n in (0, True, 1.5):
-        with pytest.raises(SettingError, match=r"no length of an n-gram\n  fix: give a whole number from 1"):
+        with pytest.raises(SettingError, match=r"not a count\n  fix: give a whole number from 1"):
             ma.steering.distinct_n(["a b"], n)  # type: ignore[arg-type]
