@@ -4,6 +4,7 @@
 #   make verify   the same at full size, with notebooks, circuits and a short run of the benchmarks
 #   make bench    measurements against peers, written to benchmarks/results
 #   make agreement-benchmark   which methods point at the noun that decides the verb: table and figure
+#   make steering-table        builders of steering vectors under operators, at one price: table and figure
 #   make clean    remove what these made
 PYTHON ?= python3
 OMP_NUM_THREADS ?= 2
@@ -14,7 +15,7 @@ BIN := .venv/bin
 INSTALLED := .venv/mechattr-installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test verify bench agreement-benchmark check clean
+.PHONY: demo test verify bench agreement-benchmark steering-table check clean
 .DEFAULT_GOAL := test
 
 demo: $(INSTALLED)
@@ -31,12 +32,16 @@ verify: check
 	$(BIN)/python -m benchmarks --smoke
 	$(BIN)/python -m benchmarks.localisation --quick
 	$(BIN)/python -m circuits.agreement_benchmark --quick
+	$(BIN)/python -m benchmarks.steering_table --quick
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks
 
 agreement-benchmark: $(INSTALLED)
 	$(BIN)/python -m circuits.agreement_benchmark
+
+steering-table: $(INSTALLED)
+	$(BIN)/python -m benchmarks.steering_table
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

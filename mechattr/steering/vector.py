@@ -127,6 +127,23 @@ class SteeringVector(Artifact):
         """The same directions at length 1; directions of length 0 stay."""
         return self._each(lambda x: x / x.norm().clamp(min=torch.finfo(x.dtype).tiny))
 
+    def with_norms(self, norms: Mapping[str, float]) -> Self:
+        """The same directions at given lengths by site, such as those of another vector: `other.norms()`.
+
+        Raises:
+            SettingError: a site without a length or without a direction, or a length that is negative or not finite.
+        """
+        scales = {}
+        for site, length in self.norms().items():
+            given = norms.get(site)
+            if given is None or not 0 <= given < float("inf"):
+                fix = "give a length for each site, such as other.norms()"
+                raise SettingError(f"the length at {site}", f"{given!r}", fix)
+            if not length and given:
+                raise SettingError(f"the length {given:g} at {site}", "no direction there", "leave the site out: .only")
+            scales[site] = given / length if length else 0.0
+        return self._with({site: table.values * scales[site] for site, table in self.tensors.items()})
+
     def norms(self) -> dict[str, float]:
         """The length of the direction at each site."""
         return {name: float(table.values.norm()) for name, table in self.tensors.items()}

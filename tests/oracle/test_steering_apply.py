@@ -227,6 +227,16 @@ def test_vectors_are_added_and_compared() -> None:
     assert torch.equal(values[4], -values[0]) and torch.equal(values[5], 2 * values[0])
     assert torch.equal(values[6], values[0] / 4) and a.cosine(-a)[SITE] == pytest.approx(-1)
     assert torch.equal(a.directions[1], values[0]) and a.normalised().norms()[SITE] == pytest.approx(1)
+    longer = a.with_norms({SITE: 3.0})
+    assert longer.norms()[SITE] == pytest.approx(3) and longer.cosine(a)[SITE] == pytest.approx(1)
+    assert (0 * a).with_norms({SITE: 0.0}).norms()[SITE] == 0
+    for given, text in (
+        ({}, f"the length at {SITE}\n  found: None"), ({SITE: -1.0}, "found: -1.0\n  fix: give a length for each site"),
+    ):  # fmt: skip
+        with pytest.raises(SettingError, match=text):
+            a.with_norms(given)
+    with pytest.raises(SettingError, match="no direction there"):
+        (0 * a).with_norms({SITE: 1.0})
     with pytest.raises(MismatchError, match="vectors at the same sites"):
         a + vector(model, site=full_name("resid_post", 0))
 
