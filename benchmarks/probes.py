@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,20 +26,25 @@ TEXT = (
 DOCUMENTS = 32  # so many that training, not what is done once, is measured
 TOGETHER = 8  # of a forward pass
 LONG = 512
+SHARED = Path(os.environ.get("MECHATTR_TEST_DATA", Path(__file__).resolve().parents[2] / "shared"))
 
 
 def measure(rounds: int) -> list[Ratio]:
-    """Training on the bundled model, and segments at its sizes for 512 tokens: on one thread."""
+    """Training on the bundled model, and on stories260K where it is found; segments at the bundled model's sizes for
+    512 tokens: on one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return _measure(rounds)
+        rows = training("tiny", ma.load("tiny"), rounds)
+        stories = SHARED / "models" / "stories260K"
+        rows += training("stories260K", ma.load(stories), (rounds + 1) // 2) if stories.exists() else []
+        return [*rows, segmenting(rounds * 3)]
     finally:
         torch.set_num_threads(threads)
 
 
-def _measure(rounds: int) -> list[Ratio]:
-    model = ma.load("tiny")
+def training(name: str, model: HookedModel, rounds: int) -> list[Ratio]:
+    """All probes of a model together beside one at a time."""
     texts = [f"{n} {TEXT}" * 4 for n in range(DOCUMENTS)]
     steps = erasure.Descent(epochs=1, scaled=False)
     fit = partial(erasure.fit_probes, model, texts, held_out=0.0, batch_size=TOGETHER, progress=False)
@@ -49,13 +56,12 @@ def _measure(rounds: int) -> list[Ratio]:
     }
     taken = interleaved(functions, rounds, warmup=1)
     n = len(check_layers(model, None)) * len(OFFSETS)
-    one, many = "tiny, one thread: one probe and document at a time", f"{n} erasure probes together"
-    batched = f"tiny, one thread: one probe at a time, {TOGETHER} documents in a forward pass"
+    one, many = f"{name}, one thread: one probe and document at a time", f"{n} erasure probes together"
+    batched = f"{name}, one thread: one probe at a time, {TOGETHER} documents in a forward pass"
     return [
         ratio(f"{one} / {many}, by descent", taken["one"], taken["descent"], target=5.0, at_most=False),
         ratio(f"{batched} / {many}, by descent", taken["batched"], taken["descent"]),
         ratio(f"{one} / {many}, in closed form", taken["one"], taken["closed"], target=5.0, at_most=False),
-        segmenting(rounds * 3),
     ]
 
 

@@ -102,11 +102,11 @@ def cross_entropy_gradient(
     for i, (w, h, y, k) in enumerate(zip(weights, states, labels, kept, strict=True)):
         parts = list(chunks(len(w), h[None], chunk))
         if len(parts) == 1:
-            logits = h @ w.mT
-            top = logits.amax(-1, keepdim=True)
-            total = _exponentials(logits, top).sum(-1)
-            normaliser = top[:, 0] + total.log()
-            gradient[i].addmm_(logits.mT, h * (k / total)[:, None])
+            logits = w @ h.mT  # [label, n], in which the product for the gradient is faster
+            top = logits.amax(0)
+            total = _exponentials(logits, top).sum(0)
+            normaliser = top + total.log()
+            gradient[i].addmm_(logits, h * (k / total)[:, None])
         else:
             normaliser = log_normaliser(w[None], h[None], chunk=chunk)[0]
             for part in parts:
@@ -117,7 +117,7 @@ def cross_entropy_gradient(
     return loss, gradient
 
 
-def _exponentials(logits: Float[Tensor, "*n label"], top: Float[Tensor, "*n 1"]) -> Float[Tensor, "*n label"]:
+def _exponentials(logits: Float[Tensor, "*dims"], top: Float[Tensor, "*dims"]) -> Float[Tensor, "*dims"]:
     """e^(logits - top) in place, but not below what is negligible."""
     return logits.sub_(top).clamp_(min=NEGLIGIBLE).exp_()
 
