@@ -48,7 +48,7 @@ def main() -> None:
         "edges S": lambda: attribution.measure_edges("S", few or 21),
         "edges lens": lambda: edges.measure(few or 9),
         "sweep": lambda: sweep.measure(few or 9),
-        "probes": lambda: probes.measure(few or 5),
+        "probes": lambda: probes.measure(few or 5, 4 if few else probes.DOCUMENTS),
         "recording M": lambda: recording.measure("M", 31),
         "attribution M": lambda: attribution.measure("M", 21),
         "edges M": lambda: attribution.measure_edges("M", 11),

@@ -29,23 +29,23 @@ LONG = 512
 SHARED = Path(os.environ.get("MECHATTR_TEST_DATA", Path(__file__).resolve().parents[2] / "shared"))
 
 
-def measure(rounds: int) -> list[Ratio]:
+def measure(rounds: int, n_documents: int = DOCUMENTS) -> list[Ratio]:
     """Training on the bundled model, and on stories260K where it is found; segments at the bundled model's sizes for
     512 tokens: on one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        rows = training("tiny", ma.load("tiny"), rounds)
+        rows = training("tiny", ma.load("tiny"), rounds, n_documents)
         stories = SHARED / "models" / "stories260K"
-        rows += training("stories260K", ma.load(stories), (rounds + 1) // 2) if stories.exists() else []
+        rows += training("stories260K", ma.load(stories), (rounds + 1) // 2, n_documents) if stories.exists() else []
         return [*rows, segmenting(rounds * 3)]
     finally:
         torch.set_num_threads(threads)
 
 
-def training(name: str, model: HookedModel, rounds: int) -> list[Ratio]:
+def training(name: str, model: HookedModel, rounds: int, n_documents: int) -> list[Ratio]:
     """All probes of a model together beside one at a time."""
-    texts = [f"{n} {TEXT}" * 4 for n in range(DOCUMENTS)]
+    texts = [f"{n} {TEXT}" * 4 for n in range(n_documents)]
     steps = erasure.Descent(epochs=1, scaled=False)
     fit = partial(erasure.fit_probes, model, texts, held_out=0.0, batch_size=TOGETHER, progress=False)
     functions = {
