@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -39,6 +41,29 @@ def settings(given: list[str]) -> dict[str, Any]:
         except json.JSONDecodeError:
             found[name] = value
     return found
+
+
+def check_settings(function: Callable[..., Any], name: str, chosen: Mapping[str, Any], option: str) -> None:
+    """Whether a function knows all settings that were chosen, and was given those that it needs.
+
+    Args:
+        function: what takes them as keywords.
+        name: what it is called.
+        chosen: settings by name.
+        option: how a setting is given, with `{}` where its name stands.
+
+    Raises:
+        SettingError: it does not, or was not.
+    """
+    from mechattr.errors import SettingError
+
+    taken = {key: p for key, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    for key in chosen:
+        if key not in taken:
+            raise SettingError(f"{key} for {name}", f"it takes {', '.join(taken) or 'no settings'}", "leave it out")
+    lacking = [key for key, p in taken.items() if p.default is p.empty and key not in chosen]
+    if lacking:
+        raise SettingError(name, f"no {lacking[0]}", f"give {option.format(lacking[0])}")
 
 
 def whole_numbers(option: str, given: str) -> list[int]:

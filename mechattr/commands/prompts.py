@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -10,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 from rich.markup import escape
 
-from mechattr.commands.options import AsJson, Device, Dtype, Model, Overwrite, Settings, load, settings
+from mechattr.commands.options import AsJson, Device, Dtype, Model, Overwrite, Settings, check_settings, load, settings
 from mechattr.commands.show import echo_json, records, show, table
-from mechattr.errors import OutputExistsError, SettingError, UnknownNameError, nearest
+from mechattr.errors import OutputExistsError, UnknownNameError, nearest
 from mechattr.methods import METHODS
 
 if TYPE_CHECKING:
@@ -128,13 +127,7 @@ def _function(name: str, chosen: dict[str, Any]) -> Any:
     """The function of a method, which must know all settings and be given those that it needs."""
     module, _, attribute = METHODS[name].function.partition(":")
     function = getattr(import_module(module), attribute)
-    taken = {key: p for key, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY}
-    for key in chosen:
-        if key not in taken:
-            raise SettingError(f"{key} for {name}", f"it takes {', '.join(taken) or 'no settings'}", "leave it out")
-    lacking = [key for key, p in taken.items() if p.default is p.empty and key not in chosen]
-    if lacking:
-        raise SettingError(name, f"no {lacking[0]}", f"give --{lacking[0]}")
+    check_settings(function, name, chosen, "--{}")
     return function
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -17,6 +16,7 @@ from mechattr.commands.options import (
     Dtype,
     Model,
     Settings,
+    check_settings,
     load,
     numbers,
     settings,
@@ -206,13 +206,7 @@ def _builder(name: str, chosen: dict[str, Any]) -> Any:
     if name not in BUILDERS:
         raise UnknownNameError(f"builder {name!r}", "no such builder", nearest(name, BUILDERS))
     function = getattr(steering, name)
-    taken = {key: p for key, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY}
-    for key in chosen:
-        if key not in taken:
-            raise SettingError(f"{key} for {name}", f"it takes {', '.join(taken)}", "leave it out")
-    lacking = [key for key, p in taken.items() if p.default is p.empty and key not in chosen]
-    if lacking:
-        raise SettingError(name, f"no {lacking[0]}", f"give --set {lacking[0]}=...")
+    check_settings(function, name, chosen, "--set {}=...")
     return function
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -13,6 +12,7 @@ from mechattr.errors import SettingError, UnsupportedFeatureError
 from mechattr.models.base import Batch, HookedModel
 from mechattr.models.halving import Halving
 from mechattr.models.tokenize import encode, pad
+from mechattr.steering.numbers import check_count
 
 # A text, or its tokens as ids: what a model generated need not come back from its text.
 Text = str | Sequence[int]
@@ -90,7 +90,7 @@ def token_log_probabilities(
     Cost:
         1 forward pass a row. Of the logits, at most 2²⁴ are held a second time.
     """
-    check_batch_size(batch_size)
+    check_count("batch_size", batch_size)
     order = [i for i in by_length(rows) if len(rows[i]) > max(starts[i], 1)]
 
     def scores(part: Sequence[int]) -> list[Tensor]:
@@ -118,16 +118,6 @@ def picked_log_probabilities(
         parts.append(x.gather(1, batch.tokens[r, c][:, None])[:, 0] - x.logsumexp(-1))
     counts: list[int] = torch.bincount(where, minlength=len(batch)).tolist()
     return torch.cat(parts).split(counts)
-
-
-def check_batch_size(given: Any) -> None:
-    """Whether a number of rows is one.
-
-    Raises:
-        SettingError: it is not.
-    """
-    if isinstance(given, bool) or not isinstance(given, int) or given < 1:
-        raise SettingError(f"batch_size={given!r}", "no number of rows", "give a whole number from 1")
 
 
 def _ids(model: HookedModel, text: Text, number: int) -> list[int]:

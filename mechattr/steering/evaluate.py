@@ -10,10 +10,10 @@ from mechattr.errors import SettingError
 from mechattr.labelled import Labelled
 from mechattr.models.base import Batch, HookedModel
 from mechattr.provenance import provenance
-from mechattr.steering.answers import check_batch_size
 from mechattr.steering.controls import mean_lengths, random_like, random_of
 from mechattr.steering.evaluation import SteeringEvaluation
 from mechattr.steering.gates import Gate, digest_of
+from mechattr.steering.numbers import check_count
 from mechattr.steering.operators import Operation
 from mechattr.steering.preference import Triples
 from mechattr.steering.prompted import Steering, Where, check_steering, check_where
@@ -91,7 +91,7 @@ def evaluate(
     """
     numbers = check_multipliers(multipliers)
     check_where(positions, operator, gate)
-    check_batch_size(batch_size)
+    check_count("batch_size", batch_size)
     check_steering("vector", vector)
     if shuffled is not None:
         check_steering("shuffled", shuffled)

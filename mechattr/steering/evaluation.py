@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from html import escape
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 SIDES = ("kl", "perplexity", "distinct_2", "repetition", "judge")  # of neutral texts, and of generated ones
 
 
-class Curves(Artifact):
+class Curves(Artifact, ABC):
     """Propensity by multiplier, for each condition or layer: what evaluations and sweeps have in common."""
 
     axis: ClassVar[str]
@@ -119,9 +120,9 @@ class Curves(Artifact):
         return pd.DataFrame(list(self._rows()))
 
     @property
+    @abstractmethod
     def summary(self) -> str:
         """The result in a sentence or two."""
-        raise NotImplementedError
 
     @property
     def _main(self) -> tuple[Any, ...]:

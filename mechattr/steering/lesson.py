@@ -18,11 +18,12 @@ from mechattr.models.edits import Edit
 from mechattr.models.halving import Halving
 from mechattr.models.operators import Place
 from mechattr.steering.numbers import check_count, check_positive
+from mechattr.steering.placing import WORDS
 from mechattr.steering.preference import Triples, answer_log_probabilities, sequences
+from mechattr.steering.prompted import columns
 
 # rows of a triple: the preferred answer only, both, or both under steering forwards and backwards
 LOSSES = {"cross_entropy": 1, "preference": 2, "bidirectional": 4}
-PLACES = ("all", "prompt", "generated", "last")
 # x [row, pos, *axes], a factor a row that broadcasts to x, and the parameters of a site -> x
 Formula = Callable[..., Tensor]
 
@@ -201,21 +202,15 @@ def steered(batch: Batch, starts: Int[Tensor, " row"], positions: str | Sequence
     Raises:
         SettingError: no such positions, or none that an answer depends on.
     """
-    at, starts = batch.positions, starts[:, None]
-    if isinstance(positions, str) and positions not in PLACES:
-        raise SettingError(f"positions={positions!r}", "no such place", nearest(positions, PLACES))
-    if isinstance(positions, str):
-        chosen = {"all": at >= 0, "prompt": at < starts, "generated": at >= starts, "last": at == starts - 1}[positions]
-    else:
+    if isinstance(positions, str) and positions not in WORDS:
+        raise SettingError(f"positions={positions!r}", "no such place", nearest(positions, WORDS))
+    if not isinstance(positions, str):
         given: list[Any] = list(positions) if isinstance(positions, Sequence) else [None]
         if any(isinstance(p, bool) or not isinstance(p, int) for p in given):
-            fix = "give one of " + ", ".join(map(repr, PLACES)) + ", or a list of position numbers"
+            fix = "give one of " + ", ".join(map(repr, WORDS)) + ", or a list of position numbers"
             raise SettingError(f"positions={positions!r}", "no place in a text", fix)
-        chosen = torch.zeros_like(batch.mask)
-        for p in given:
-            chosen = chosen | (at == (p if p >= 0 else starts + p))
-    chosen = chosen & batch.mask
-    if not bool((chosen & (at < batch.lengths[:, None] - 1)).any()):
+    chosen = columns(positions, batch, starts)
+    if not bool((chosen & (batch.positions < batch.lengths[:, None] - 1)).any()):
         found = "no token there comes before one of an answer"
         raise SettingError(f"positions={positions!r}", found, "name others, or give longer answers")
     return chosen

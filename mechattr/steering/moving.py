@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -127,7 +128,4 @@ def whole_sites(model: HookedModel, layers: Sequence[int] | None, sites: Sites) 
 
 def width_at(model: HookedModel, site: str) -> int:
     """How many numbers a state has at a site."""
-    width = 1
-    for size in shape_at(model, site):
-        width *= size
-    return width
+    return math.prod(shape_at(model, site))

@@ -75,7 +75,7 @@ def applied_to(
     """
     if isinstance(positions, str) and positions == "all":
         return applied(steering, model, factors, "all", operator)
-    mask = _columns(positions, batch, starts)
+    mask = columns(positions, batch, starts)
     if not isinstance(steering, SteeringVector):
         return applied(steering, model, factors, mask, operator)
     own = next((name for name, table in steering.tensors.items() if table.axes[0] == "pos"), None)
@@ -86,10 +86,15 @@ def applied_to(
     return applied(steering, model, factors, "all", _Masked(operation, mask[..., None]))
 
 
-def _columns(positions: Where, batch: Batch, starts: Int[Tensor, " row"]) -> Bool[Tensor, "row column"]:
+def columns(positions: Where, batch: Batch, starts: Int[Tensor, " row"]) -> Bool[Tensor, "row column"]:
+    """The columns of prompts with what follows them at which steering acts in a generation from these prompts.
+
+    Raises:
+        SettingError: a position before the first of a prompt.
+    """
     at, begins = batch.positions, starts[:, None]
     if isinstance(positions, str):
-        words = {"prompt": at < begins, "generated": at >= begins, "last": at == begins - 1}
+        words = {"all": at >= 0, "prompt": at < begins, "generated": at >= begins, "last": at == begins - 1}
         return words[positions] & batch.mask
     if min(positions, default=0) < -int(starts.min()):
         found = f"a prompt of {int(starts.min())} tokens"
@@ -107,7 +112,7 @@ def check_reached(positions: Where, batch: Batch, starts: Int[Tensor, " row"]) -
         SettingError: it has not.
     """
     whole = isinstance(positions, str) and positions == "all"
-    if not whole and not bool(_columns(positions, batch, starts).any()):
+    if not whole and not bool(columns(positions, batch, starts).any()):
         found = f"texts of up to {int(batch.lengths.max())} tokens"
         if positions == "generated":
             found = "prompts without answers"

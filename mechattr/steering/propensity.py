@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mechattr.models.base import HookedModel
 from mechattr.models.halving import Halving
-from mechattr.steering.answers import check_batch_size
+from mechattr.steering.numbers import check_count
 from mechattr.steering.preference import Triples, answer_log_probabilities, sequences
 
 
@@ -30,7 +30,7 @@ def propensity(model: HookedModel, triples: Triples, *, batch_size: int = 32) ->
     Cost:
         2 forward passes a triple.
     """
-    check_batch_size(batch_size)
+    check_count("batch_size", batch_size)
     batch, starts = sequences(model, triples)
 
     def scores(rows: Sequence[int]) -> list[Tensor]:

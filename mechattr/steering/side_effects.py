@@ -18,12 +18,12 @@ from mechattr.steering.answers import (
     Text,
     batch_of,
     by_length,
-    check_batch_size,
     check_causal,
     starts_of,
     token_log_probabilities,
     token_rows,
 )
+from mechattr.steering.numbers import check_count
 
 OPENER = "give a function that opens a block: lambda: vector.apply(model, multiplier=2.0)"
 
@@ -95,7 +95,7 @@ def kl_to_base(
         2 forward passes a text.
     """
     check_causal(model, "KL of next tokens")
-    check_batch_size(batch_size)
+    check_count("batch_size", batch_size)
     if not callable(steered):
         raise SettingError("the steered model", f"a {type(steered).__name__}", OPENER)
     rows = token_rows(model, texts)

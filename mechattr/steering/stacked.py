@@ -16,8 +16,8 @@ from mechattr.errors import NonFiniteError
 from mechattr.models.base import Batch, HookedModel, Run, Start
 from mechattr.models.halving import Halving
 from mechattr.sites import full_name, parse
-from mechattr.steering.answers import check_batch_size
 from mechattr.steering.gates import Decision, Gate, Given, check_gate, decided
+from mechattr.steering.numbers import check_count
 from mechattr.steering.operators import Operation
 from mechattr.steering.prompted import Steering, Where, applied, applied_to, check_reached
 
@@ -76,7 +76,7 @@ class Steered:
     inner: Halving = field(init=False)
 
     def __post_init__(self) -> None:
-        check_batch_size(self.batch_size)
+        check_count("batch_size", self.batch_size)
         object.__setattr__(self, "inner", Halving(self.batch_size))
 
     def scores(self, rows: Rows, label: str) -> Scores:

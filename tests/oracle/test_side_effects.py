@@ -155,7 +155,7 @@ def test_what_does_not_fit_is_refused(model: HookedModel, vector: SteeringVector
         steering.perplexity(model, [[31]])
     with pytest.raises(SettingError, match="this model has no tokenizer"):
         steering.perplexity(model, ["a"])
-    with pytest.raises(SettingError, match=r"batch_size=0\n  found: no number of rows"):
+    with pytest.raises(SettingError, match=r"batch_size=0\n  found: not a count"):
         steering.perplexity(model, TEXTS, batch_size=0)
     with pytest.raises(SettingError, match=r"text 1\n  found: no tokens\n  fix: leave it out"):
         steering.kl_to_base(model, [[1], []], lambda: vector.apply(model))

@@ -54,7 +54,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no position": ({"positions": []}, SettingError, "name positions that texts have"),
     "no such operator": ({"operator": "subtract"}, UnknownNameError, "no such operator"),
     "a list of operators": ({"operator": ["add"]}, UnknownNameError, "no such operator"),
-    "no rows at once": ({"batch_size": 0}, SettingError, "batch_size=0\n  found: no number of rows"),
+    "no rows at once": ({"batch_size": 0}, SettingError, "batch_size=0\n  found: not a count"),
     "half a row": ({"batch_size": 1.5}, SettingError, "batch_size=1.5"),
     "a number as texts": ({"neutral": 3}, SettingError, "neutral text 0\n  found: 3"),
     "a gate of rows": ({"gate": [True, False]}, SettingError, "give a condition"),
